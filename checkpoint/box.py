@@ -1,0 +1,72 @@
+"""Boxes in global index space: which part of a tensor a process holds, and what two parts have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned block: first index and extent along every dim."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def intersect(self, other: Box) -> Box | None:
+        """Return what both cover, or None."""
+        starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
+        ends = tuple(
+            min(a + m, b + n)
+            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        if any(end <= start for start, end in zip(starts, ends, strict=True)):
+            return None
+        return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+    def within(self, outer: Box) -> tuple[slice, ...]:
+        """Return this box as slices of a tensor that holds `outer`."""
+        return tuple(slice(o - p, o - p + n) for o, p, n in zip(self.offsets, outer.offsets, self.sizes, strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.sizes:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a global tensor that this process holds.
+
+    Attributes:
+        shape: shape of the global tensor.
+        box: which part of it `tensor` is.
+        tensor: the local data, sharing memory with its owner.
+        is_writer: whether this process writes it, among those that hold a copy.
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+    tensor: torch.Tensor
+    is_writer: bool
+
+
+def piece_of(tensor: torch.Tensor, rank: int) -> Piece:
+    """Describe a plain tensor (held by every process, written by rank 0) or a DTensor."""
+    if not isinstance(tensor, DTensor):
+        shape = tuple(tensor.shape)
+        return Piece(shape, Box((0,) * len(shape), shape), tensor.detach(), rank == 0)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    coordinate = mesh.get_coordinate() or []
+    first_copy = all(
+        index == 0 for index, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
+    )
+    box = Box(tuple(offsets), tuple(sizes))
+    return Piece(tuple(tensor.shape), box, tensor.detach().to_local(), first_copy and box.numel > 0)

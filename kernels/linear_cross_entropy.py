@@ -1,0 +1,25 @@
+"""Output projection and cross entropy as one op, so that an implementation need not keep the logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from shardwright.kernels.op import Op
+
+IGNORED = -100  # label of a token that is not predicted: the last of a document
+
+
+def reference(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Return the summed negative log-likelihood (nats, float32 scalar) of the labels; softmax in float32.
+
+    Args:
+        hidden_BTC: final hidden states.
+        weight_VC: output projection.
+        labels_BT: int64 token ids; `IGNORED` ones add nothing.
+    """
+    logits = (hidden_BTC @ weight_VC.T).flatten(0, 1).float()
+    return F.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+OP = Op(name="linear_cross_entropy", reference=reference)

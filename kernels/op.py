@@ -1,0 +1,69 @@
+"""What an op is: one reference in plain torch, and candidates that say where they cannot run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class KernelError(Exception):
+    """A kernel was asked for by name that cannot run here. The text is value, rule and remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What a candidate may depend on: device type, compute dtype, and the sizes that the op's file names."""
+
+    device: str
+    dtype: torch.dtype
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A faster implementation of an op. `unsupported` returns why it cannot run in a situation, or None."""
+
+    name: str
+    function: Callable[..., Any]
+    unsupported: Callable[[Situation], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """An operation of the model: its reference runs everywhere, its candidates are listed fastest first."""
+
+    name: str
+    reference: Callable[..., Any]
+    candidates: tuple[Candidate, ...] = ()
+
+    def choose(self, wanted: str, situation: Situation) -> Callable[..., Any]:
+        """Return the implementation to use for a whole run, and log what was chosen and what was refused.
+
+        Args:
+            wanted: `auto` for the fastest that runs, or a name.
+            situation: where and on what it will run.
+
+        Raises:
+            KernelError: the name is unknown, or cannot run in this situation.
+        """
+        refusals = {c.name: c.unsupported(situation) for c in self.candidates}
+        functions = {c.name: c.function for c in self.candidates} | {"reference": self.reference}
+        if wanted == "auto":
+            name = next((name for name, refusal in refusals.items() if refusal is None), "reference")
+        elif wanted not in functions:
+            raise KernelError(
+                f"kernels.{self.name}={wanted} is no implementation of it; use auto, {', '.join(functions)}"
+            )
+        elif refusals.get(wanted):
+            raise KernelError(f"kernels.{self.name}={wanted} cannot run here: {refusals[wanted]}; use auto")
+        else:
+            name = wanted
+        refused = "; ".join(f"{other}: {why}" for other, why in refusals.items() if why and other != name)
+        logger.info("kernel %s: %s%s", self.name, name, f" (refused {refused})" if refused else "")
+        return functions[name]

@@ -1,0 +1,23 @@
+"""Rotary position embedding (arXiv 2104.09864), in the half-split form of the Llama family."""
+
+from __future__ import annotations
+
+import torch
+
+from shardwright.kernels.op import Op
+
+
+def reference(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (i, i + D / 2) of every head by the angle of the token's position, in float32.
+
+    Args:
+        x_BTHD: queries or keys.
+        cos_BTD: float32 cosines, both halves alike; `sin_BTD` likewise.
+        sin_BTD: float32 sines.
+    """
+    low, high = x_BTHD.float().chunk(2, -1)
+    turned = torch.cat((-high, low), -1)
+    return (x_BTHD.float() * cos_BTD[:, :, None] + turned * sin_BTD[:, :, None]).to(x_BTHD.dtype)
+
+
+OP = Op(name="rope", reference=reference)

@@ -1,0 +1,41 @@
+"""The implementation of every op, chosen once per run and handed to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from shardwright.kernels import attention, linear_cross_entropy, rms_norm, rope, swiglu
+from shardwright.kernels.op import Situation
+
+_OPS = {module.OP.name: module.OP for module in (attention, rms_norm, rope, swiglu, linear_cross_entropy)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """One function per op; the signature of each is that of the reference in the op's file."""
+
+    attention: Callable[..., torch.Tensor] = attention.OP.reference
+    rms_norm: Callable[..., torch.Tensor] = rms_norm.OP.reference
+    rope: Callable[..., torch.Tensor] = rope.OP.reference
+    swiglu: Callable[..., torch.Tensor] = swiglu.OP.reference
+    linear_cross_entropy: Callable[..., torch.Tensor] = linear_cross_entropy.OP.reference
+
+
+def select(wanted: Any, *, device: str, dtype: torch.dtype, sizes: Mapping[str, int | None]) -> Kernels:
+    """Choose every op's implementation.
+
+    Args:
+        wanted: an object with one attribute per op, `auto` or a name (the `kernels` group of the config).
+        device: device type, `cpu` or `cuda`.
+        dtype: dtype of the activations.
+        sizes: what candidates ask for: `head_dim`.
+
+    Raises:
+        KernelError: a named choice is unknown or cannot run.
+    """
+    situation = Situation(device=device, dtype=dtype, sizes=sizes)
+    return Kernels(**{f.name: _OPS[f.name].choose(getattr(wanted, f.name), situation) for f in fields(Kernels)})

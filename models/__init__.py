@@ -1,0 +1,1 @@
+"""Plain single-device models: the specification that every layout must reproduce."""

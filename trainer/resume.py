@@ -1,0 +1,140 @@
+"""Which checkpoint a run starts from, and the state beside the engine's that it restores."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch.distributed.checkpoint.stateful import Stateful
+
+from shardwright import checkpoint
+from shardwright.checkpoint import CheckpointError, DamagedError
+from shardwright.conf import ConfigError
+from shardwright.conf.schema import CheckpointConfig
+from shardwright.data.loader import Position
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """How far a run is, and under which name Weights & Biases knows it."""
+
+    step: int = 0
+    tokens: int = 0
+    wandb_id: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the saved fields, but keep the config that this run was started with."""
+        self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+
+
+class DataPosition:
+    """The loader's position as JSON values: the cursor and the place of every lane.
+
+    Args:
+        position: where the data begins if nothing is loaded.
+        current: reads the complete position when a checkpoint is saved (collective).
+    """
+
+    def __init__(self, position: Position) -> None:
+        self.position = position
+        self.current: Callable[[], Position] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position now."""
+        position = self.current() if self.current else self.position
+        return {"cursor": position.cursor, "lanes": position.lanes.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a saved position."""
+        self.position = Position(state["cursor"], np.array(state["lanes"], dtype=np.int64))
+
+
+def find_candidates(config: CheckpointConfig) -> list[Path]:
+    """Return the checkpoints to try, best first; needs no processes.
+
+    Raises:
+        ConfigError: `none` was asked for, and the folder holds the checkpoints of an earlier run.
+        CheckpointError: the path asked for is no complete checkpoint.
+    """
+    if config.resume == "auto":
+        return checkpoint.find_complete(config.folder)
+    if config.resume == "none":
+        existing = checkpoint.find_complete(config.folder)
+        if existing:
+            raise ConfigError(
+                f"checkpoint.resume=none, but checkpoint.folder={config.folder} holds {existing[0].name}; a fresh run "
+                "needs a fresh folder; choose another run.name, or drop checkpoint.resume to go on"
+            )
+        return []
+    path = Path(config.resume)
+    try:
+        checkpoint.read_values(path)
+    except CheckpointError as error:
+        raise type(error)(f"checkpoint.resume={config.resume}: {error}{_offer(path)}") from None
+    return [path]
+
+
+def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic: bool) -> Path | None:
+    """Load the first candidate that is whole (collective: all processes agree on it).
+
+    Args:
+        candidates: best first; empty for a fresh start.
+        parts: filled from the checkpoint.
+        automatic: fall back to the next candidate if one is damaged, and say so.
+
+    Raises:
+        CheckpointError: none could be loaded, or the run does not fit it.
+    """
+    for path in candidates:
+        damage = _try_load(path, parts)
+        if damage is None:
+            return path
+        if not automatic:
+            raise DamagedError(damage + _offer(path))
+        logger.warning(f"passed over: {damage}")
+    if candidates:
+        raise CheckpointError(
+            f"every checkpoint in {candidates[0].parent} is damaged (see above); "
+            "repair one, or start afresh with another run.name"
+        )
+    return None
+
+
+def _try_load(path: Path, parts: Mapping[str, Stateful]) -> str | None:
+    failure: CheckpointError | None = None
+    try:
+        checkpoint.load(path, parts)
+    except CheckpointError as error:
+        failure = error
+    failures: list[CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for other in failures:
+        if other is not None and not isinstance(other, DamagedError):
+            raise other
+    return next((str(other) for other in failures if other is not None), None)
+
+
+def _offer(path: Path) -> str:
+    """Name the newest complete checkpoint that can be used instead of a path."""
+    others = [*checkpoint.find_complete(path.parent), *checkpoint.find_complete(path)]
+    for other in others:
+        if other == path:
+            continue
+        try:
+            checkpoint.read_values(other)
+        except CheckpointError:
+            continue
+        return f" (complete: checkpoint.resume={other})"
+    return ""
