@@ -1,7 +1,7 @@
 """Save and load the state of a run: safe at any moment, readable at any layout.
 
-A checkpoint is a folder of safetensors files and one manifest. A tensor is stored under the name that it has in the plain
-model, as boxes in its global index space; nothing in the folder tells how many processes wrote it.
+A checkpoint is a folder of safetensors files and one manifest. A tensor is stored under the name that it has in the
+plain model, as boxes in its global index space; nothing in the folder depends on how many processes wrote it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.stateful import Stateful
 
 from shardwright.checkpoint import manifest as manifests
 from shardwright.checkpoint import storage
@@ -25,6 +24,18 @@ from shardwright.checkpoint.manifest import DTYPES, Manifest, StoredTensor
 
 logger = logging.getLogger(__name__)
 _PREFIX = "step_"
+
+
+class Stateful(Protocol):
+    """Anything with a state: modules and optimizers of torch, and one's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nested dicts of tensors, DTensors and JSON values; tensors share memory with the owner."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take the same nested dicts back, filled."""
+        ...
 
 
 def save(path: str | Path, parts: Mapping[str, Stateful]) -> None:

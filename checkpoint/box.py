@@ -20,8 +20,7 @@ class Box:
         """Return what both cover, or None."""
         starts = tuple(max(a, b) for a, b in zip(self.offsets, other.offsets, strict=True))
         ends = tuple(
-            min(a + m, b + n)
-            for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+            min(a + m, b + n) for a, m, b, n in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         if any(end <= start for start, end in zip(starts, ends, strict=True)):
             return None
@@ -69,4 +68,4 @@ def piece_of(tensor: torch.Tensor, rank: int) -> Piece:
         index == 0 for index, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
     )
     box = Box(tuple(offsets), tuple(sizes))
-    return Piece(tuple(tensor.shape), box, tensor.detach().to_local(), first_copy and box.numel > 0)
+    return Piece(tuple(tensor.shape), box, tensor.to_local().detach(), first_copy and box.numel > 0)

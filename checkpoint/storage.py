@@ -20,7 +20,7 @@ from shardwright.checkpoint.manifest import DTYPES, StoredBox
 
 def checksum(data: np.ndarray) -> str:
     """Return the XXH3-64 of an array's bytes, in hexadecimal."""
-    return xxhash.xxh3_64_hexdigest(memoryview(data))
+    return xxhash.xxh3_64_hexdigest(data.data)
 
 
 def write_pieces(folder: Path, file: str, pieces: dict[str, Piece]) -> dict[str, StoredBox]:
@@ -78,5 +78,3 @@ def remove_others(folder: Path, keep: set[str]) -> None:
     for path in folder.iterdir():
         if path.is_file() and path.name not in keep:
             path.unlink(missing_ok=True)
-
-

@@ -208,7 +208,7 @@ class TrainConfig:
 
     @model_validator(mode="after")
     def _reject_conflicts(self) -> Self:
-        conflicts = find_conflicts(self)
+        conflicts = find_conflicts(self)  # pyright: ignore[reportArgumentType]
         if conflicts:
             raise ValueError("\n".join(conflicts))
         return self

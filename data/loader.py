@@ -2,8 +2,8 @@
 
 Documents are dealt to a fixed number of lanes: lane l of L packs documents l, l + L, l + 2L, ... into sequences, on its
 own. Global sequence n is the next one of lane n mod L. A data-parallel process of R owns the lanes l with l mod R equal
-to its data rank, and tokenises only their documents. So every layout sees the same sequences, none reads what it does not
-train on, and the place in the data is a table of L cursors, which any number of processes can share out anew.
+to its data rank, and tokenises only their documents. So every layout sees the same sequences, none tokenises what it
+does not train on, and the place in the data is a table of L cursors, which any number of processes can share out anew.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, H query heads, K key/value heads (H a multiple of
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def sdpa(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):
 
 
 # torch 2.12 asks to be told of grouped queries, 2.11 takes them as they are.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def varlen(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):

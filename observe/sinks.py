@@ -197,12 +197,17 @@ def check_tensorboard(asked: bool) -> None:
         raise ConfigError("observe.tensorboard=true needs its extra; run pip install 'shardwright[tensorboard]'")
 
 
-def make_sinks(config: TrainConfig, plain_config: dict[str, Any], *, step: int, wandb_id: str, mode: str | None) -> Sinks:
+def make_sinks(
+    config: TrainConfig, plain_config: dict[str, Any], *, step: int, wandb_id: str, mode: str | None
+) -> Sinks:
     """Return the sinks of rank 0 for a run that goes on after `step`."""
     folder = Path(config.run.folder)
     sinks: list[Sink] = [ConsoleSink(config.train.num_steps, step), JsonlSink(folder / "metrics.jsonl", step)]
     if mode is not None:
-        sinks.append(WandbSink(config, plain_config, mode, wandb_id))
+        try:
+            sinks.append(WandbSink(config, plain_config, mode, wandb_id))
+        except Exception as error:  # whatever is wrong with it, training does not depend on it
+            logger.warning(f"Weights & Biases cannot be started and is left out: {error}")
     if config.observe.tensorboard:
         sinks.append(TensorboardSink(folder / "tensorboard", step))
     return Sinks(sinks)

@@ -57,7 +57,12 @@ def normal_run(seed: int, name: str, start: int, count: int) -> np.ndarray:
 
 
 def initial_box(
-    value: Normal | Constant, seed: int, name: str, shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]
+    value: Normal | Constant,
+    seed: int,
+    name: str,
+    shape: tuple[int, ...],
+    offsets: tuple[int, ...],
+    sizes: tuple[int, ...],
 ) -> torch.Tensor:
     """Return the initial values (float32, CPU) of one box of a parameter of global `shape`."""
     if isinstance(value, Constant):

@@ -1,4 +1,4 @@
-"""Sharded data parallelism over FSDP2: weights, gradients and optimizer state split over `shard`, copied over `replicate`."""
+"""Sharded data parallelism over FSDP2: all state split over `shard`, copied over `replicate`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, compute_dtype: torch
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     modules = dict(model.named_modules())
     for module in [*(modules[name] for name in plan.match_blocks(modules)), model]:
-        fully_shard(module, mesh=mesh.get(*axes), mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        sharded = fully_shard(module, mesh=mesh.get(*axes), mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     return model
 
 

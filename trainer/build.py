@@ -141,9 +141,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
     sinks = Sinks([])
     if world.rank == 0:
         (Path(config.run.folder) / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False), "utf-8")
-        sinks = make_sinks(
-            config, plain_config, step=progress.step, wandb_id=progress.wandb_id, mode=ready.wandb
-        )
+        sinks = make_sinks(config, plain_config, step=progress.step, wandb_id=progress.wandb_id, mode=ready.wandb)
     cleanup.callback(sinks.close)
     return Run(
         config=config,

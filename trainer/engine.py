@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 
+from shardwright.checkpoint import Stateful
 from shardwright.data.pack import Batch
 
 

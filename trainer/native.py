@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.stateful import Stateful
 
+from shardwright.checkpoint import Stateful
 from shardwright.data.pack import Batch
 from shardwright.kernels.linear_cross_entropy import IGNORED
 from shardwright.parallel.gradients import global_norm, sum_over_data

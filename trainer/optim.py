@@ -17,8 +17,9 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class AdamW:
     """AdamW with clipping, and skipping of a step, decided on the device.
 
-    torch's fused kernel divides the gradients by `grad_scale` and leaves everything as it is where `found_inf` is 1 (the
-    protocol of its gradient scaler). It takes plain tensors for both, so it is given the local parts of the parameters.
+    torch's fused kernel divides the gradients by `grad_scale` and leaves everything as it is where `found_inf` is 1
+    (the protocol of its gradient scaler). It takes plain tensors for both, so it is given the local parts of the
+    parameters.
 
     Args:
         config: hyperparameters.

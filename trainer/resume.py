@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from torch.distributed.checkpoint.stateful import Stateful
 
 from shardwright import checkpoint
-from shardwright.checkpoint import CheckpointError, DamagedError
+from shardwright.checkpoint import CheckpointError, DamagedError, Stateful
 from shardwright.conf import ConfigError
 from shardwright.conf.schema import CheckpointConfig
 from shardwright.data.loader import Position

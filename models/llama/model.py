@@ -81,9 +81,7 @@ class Llama(nn.Module):
         """
         config = self.config
         cos_BTD, sin_BTD = rotary_angles(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
-        context = Context(
-            positions_BT=positions_BT, bounds=bounds, longest=longest, cos_BTD=cos_BTD, sin_BTD=sin_BTD
-        )
+        context = Context(positions_BT=positions_BT, bounds=bounds, longest=longest, cos_BTD=cos_BTD, sin_BTD=sin_BTD)
         x_BTC = self.embedding(ids_BT)
         for layer in self.layers:
             x_BTC = layer(x_BTC, context)
