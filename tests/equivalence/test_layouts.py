@@ -1,0 +1,128 @@
+"""Every layout is the same run as one process."""
+
+import itertools
+import os
+
+import pytest
+import torch
+from shardwright.parallel.gradients import local
+from support import assert_close, curve, fork, records, small, train
+from torch.distributed.tensor import DTensor
+
+STEPS = "train.num_steps=20"
+
+
+@pytest.fixture(scope="module")
+def oracle(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("oracle")
+    fork(1, train, small(corpus, folder, STEPS))
+    return curve(folder)
+
+
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [
+        (1, ["train.microbatch_sequences=4"]),
+        (1, ["train.microbatch_sequences=12"]),
+        (2, []),
+        (2, ["train.microbatch_sequences=3"]),
+        (2, ["parallel.replicate=2"]),
+        (4, []),
+        (4, ["train.microbatch_sequences=3"]),
+        (4, ["parallel.replicate=2"]),
+        (3, []),
+    ],
+    ids=str,
+)
+def test_same_losses_and_gradient_norms(corpus, tmp_path, oracle, processes, layout):
+    fork(processes, train, small(corpus, tmp_path, STEPS, *layout))
+    assert_close(curve(tmp_path), oracle)
+
+
+def test_reference_kernels_agree(corpus, tmp_path, oracle):
+    fork(1, train, small(corpus, tmp_path, STEPS, "kernels=reference"))
+    assert_close(curve(tmp_path), oracle)
+
+
+def initial_weights(overrides):
+    weights = {}
+
+    def keep(run, step, batches):
+        for name, p in run.engine.model.named_parameters():
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            weights[name] = whole.detach().clone().numpy()
+        raise StopIteration
+
+    try:
+        train(overrides, keep)
+    except StopIteration:
+        return weights
+
+
+def test_same_initial_weights_bit_for_bit(corpus, tmp_path):
+    plain = fork(1, initial_weights, small(corpus, tmp_path / "1"))[0]
+    for processes in (2, 3, 4):
+        for weights in fork(processes, initial_weights, small(corpus, tmp_path / str(processes))):
+            assert weights.keys() == plain.keys()
+            for name, value in weights.items():
+                assert value.tobytes() == plain[name].tobytes(), name
+
+
+def gradients(overrides):
+    """Every parameter's gradient in step 1, taken before the update drops it."""
+    from shardwright.trainer.optim import AdamW
+
+    found, inner = {}, AdamW.step
+
+    def keep(self, **kwargs):
+        for name, p in self._parameters.items():
+            found.setdefault(name, (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone())
+        return inner(self, **kwargs)
+
+    AdamW.step = keep
+    train([*overrides, "train.num_steps=1"])
+    return {name: g.numpy() for name, g in found.items()}
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.replicate=2"]], ids=str)
+def test_same_gradient_of_every_parameter(corpus, tmp_path, layout):
+    plain = fork(1, gradients, small(corpus, tmp_path / "1"))[0]
+    for found in fork(4, gradients, small(corpus, tmp_path / "4", *layout)):
+        assert found.keys() == plain.keys()
+        for name, gradient in found.items():
+            difference = torch.from_numpy(gradient - plain[name]).norm()
+            assert difference <= 1e-5 * torch.from_numpy(plain[name]).norm(), name
+
+
+def test_bf16_runs_sharded_and_alone_alike(corpus, tmp_path):
+    for processes in (1, 2):
+        fork(processes, train, small(corpus, tmp_path / str(processes), "train.num_steps=5", "train.precision=bf16"))
+    assert_close(curve(tmp_path / "2"), curve(tmp_path / "1"), tolerance=2e-2)
+
+
+def poisoned(overrides):
+    """Train with a NaN in the last rank's part of one gradient in step 3; say which steps left the weights alone."""
+    from shardwright.trainer import native
+
+    weights, inner = [], native.global_norm
+
+    def poison(gradients):
+        gradients = list(gradients)
+        if len(weights) == 3 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            local(gradients[0]).view(-1)[0] = float("nan")
+        return inner(gradients)
+
+    def keep(run, step, batches):
+        weights.append([local(p).detach().clone() for p in run.engine.model.parameters()])
+
+    native.global_norm = poison
+    train(overrides, keep)
+    return [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_by_all_and_counted(corpus, tmp_path, processes):
+    for unchanged in fork(processes, poisoned, small(corpus, tmp_path, "train.num_steps=6")):
+        assert unchanged == [False, False, True, False, False]
+    found = records(tmp_path)
+    assert [found[step]["skipped_steps"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
