@@ -147,6 +147,8 @@ def load_files(config: FilesDataConfig) -> Dataset:
     options = {"sample_by": "document"} if builder == "text" else {}
     try:
         dataset = datasets.load_dataset(builder, data_files=files, split="train", **options)
+    except StopIteration:  # what the library makes of files without a single document
+        raise DataError(f"data.path={config.path} holds no documents; give files with text") from None
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise DataError(f"data.path={config.path} cannot be read as {builder} ({cause}); repair the files") from error

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from shardwright.kernels.op import Candidate, Op, Situation
 
@@ -69,15 +68,15 @@ def sdpa(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-# torch 2.12 asks to be told of grouped queries, 2.11 takes them as they are.
-_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 def varlen(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):
     """As `reference`, through torch's FlashAttention-2 over variable-length documents."""
+    from torch.nn.attention.varlen import varlen_attn  # loads the compiler, which the CPU does without
+
+    # torch 2.12 asks to be told of grouped queries, 2.11 takes them as they are.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
     seen = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=seen, **_GROUPED)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=seen, **grouped)
     return out.view_as(q_BTHD)  # type: ignore[union-attr]
 
 

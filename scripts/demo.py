@@ -49,7 +49,7 @@ def train_and_kill(num_steps: int, overrides: list[str]) -> None:
 def main() -> None:
     """Run the story; overrides on the command line are handed on."""
     overrides = sys.argv[1:]
-    num_steps = next((int(o.split("=")[1]) for o in overrides if o.startswith("train.num_steps=")), 400)
+    num_steps = next((int(o.split("=")[1]) for o in overrides if o.startswith("train.num_steps=")), 320)
     shutil.rmtree(FOLDER, ignore_errors=True)
 
     say("Training a small Llama on Python's standard library, 2 processes")

@@ -5,9 +5,10 @@ import os
 
 import pytest
 import torch
-from shardwright.parallel.gradients import local
 from support import assert_close, curve, fork, records, small, train
 from torch.distributed.tensor import DTensor
+
+from shardwright.parallel.gradients import local
 
 STEPS = "train.num_steps=20"
 

@@ -1,0 +1,120 @@
+"""Bad command lines: status 2, one message of value, rule and remedy, no traceback, no process left."""
+
+import json
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from support import command, fork, small, train
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory, corpus):
+    """Name -> (overrides, words that the message must hold)."""
+    folder = tmp_path_factory.mktemp("refusals")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": not json\n')
+    (folder / "one.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
+    (folder / "few.jsonl").write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(8)))
+    (folder / "words.csv").write_text("a,b\n")
+    (folder / "file").write_text("not a folder")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    old = folder / "old"
+    fork(1, train, small(corpus, old, "train.num_steps=1"))
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "manifest.json").write_text('{"format": 1, "tensors": {')
+    files = ["data=files", f"run.folder={folder}/run", f"data.path={corpus}"]
+    return {
+        "unknown key": (["optim.learning_rate=3"], ["optim.learning_rate", "peak_lr"]),
+        "unknown top-level key": (["+stages=3"], ["stages", "train"]),
+        "misspelt key": (["train.num_step=3"], ["train.num_step", "did you mean train.num_steps?"]),
+        "unknown option of a group": (["model=llama9"], ["model=llama9", "llama_tiny"]),
+        "unknown experiment": (["+experiment=x"], ["experiment=x", "demo"]),
+        "wrong type": (["train.num_steps=many"], ["train.num_steps=many", "must be an integer"]),
+        "fraction of a step": (["train.num_steps=1.5"], ["train.num_steps=1.5", "integer"]),
+        "negative number": (["train.num_steps=-1"], ["train.num_steps=-1", "greater than 0"]),
+        "no such choice": (["train.precision=fp8"], ["train.precision=fp8", "'bf16'"]),
+        "key of another choice": (["schedule=cosine", "schedule.decay_fraction=1"], ["schedule.decay_fraction"]),
+        "syntax": (["train.num_steps=[1"], ["does not compose", "--help"]),
+        "dropped key": (["~train.seed"], ["train.seed", "required"]),
+        "heads": (["model.num_heads=8", "model.num_kv_heads=8", "parallel.tensor=3"], ["does not divide", "1, 2, 4 or 8"]),
+        "grouped heads": (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "num_heads=8", "1, 2, 4 or 8"]),
+        "microbatch": (["train.microbatch_sequences=5"], ["does not divide", "global_batch_sequences=12"]),
+        "axis not served": (["parallel.tensor=1", "parallel.context=1", "parallel.pipeline=2"], ["exactly 2|multiple of 2"]),
+        "world size": (["parallel.shard=4"], ["parallel: shard=4", "1 processes", "--nproc-per-node 4"]),
+        "no GPU": (["train.device=cuda"], ["train.device=cuda", "train.device=cpu"]),
+        "kernel that cannot run": (["kernels.attention=varlen", *files], ["kernels.attention=varlen", "CUDA", "auto"]),
+        "unknown kernel": (["kernels.rope=fast", *files], ["kernels.rope=fast", "reference"]),
+        "path not set": (["data=files"], ["data.path", "data.path=VALUE"]),
+        "missing file": ([*files, f"data.path={folder}/none.jsonl"], ["none.jsonl", "matches no file"]),
+        "kind of file": ([*files, f"data.path={folder}/words.csv"], [".csv", ".jsonl"]),
+        "empty dataset": ([*files, f"data.path={folder}/empty.jsonl"], ["empty.jsonl|0 documents"]),
+        "one document": ([*files, f"data.path={folder}/one.jsonl"], ["1 documents", "at least 2"]),
+        "too few documents": ([*files, f"data.path={folder}/few.jsonl"], ["7 documents", "global_batch_sequences=12"]),
+        "broken file": ([*files, f"data.path={folder}/broken.jsonl"], ["broken.jsonl", "repair"]),
+        "no such column": ([*files, "data.text_field=body"], ["data.text_field=body", "it has text"]),
+        "vocabulary": ([*files, "model.vocab_size=200"], ["model.vocab_size=200", "257"]),
+        "no tokenizer": ([*files, f"data.tokenizer={folder}"], ["no tokenizer.json", "bytes"]),
+        "broken tokenizer": ([*files, f"data.tokenizer={folder}/tokenizer"], ["tokenizer.json", "cannot be read"]),
+        "no checkpoint": ([*files, f"checkpoint.resume={folder}/nowhere"], ["nowhere", "manifest.json is missing"]),
+        "run as checkpoint": ([*files, f"checkpoint.resume={old}/checkpoints"], ["complete: checkpoint.resume=", "step_00000001"]),
+        "cut manifest": ([*files, f"checkpoint.resume={folder}/damaged"], ["manifest.json is damaged"]),
+        "fresh in an old folder": (small(corpus, old, "checkpoint.resume=none"), ["checkpoint.resume=none", "step_00000001"]),
+        "another model": (
+            small(corpus, folder / "other", f"checkpoint.resume={old}/checkpoints/step_00000001", "model.hidden_size=96"),
+            ["model.embedding.weight", "[272, 48]", "[272, 96]"],
+        ),
+        "unwritable folder": ([*files, f"run.folder={folder}/file/run"], ["file/run", "cannot be written"]),
+        "hub name": (["data=hub", "data.name=no/such-dataset", f"run.folder={folder}/run"], ["data.name=no/such-dataset"]),
+        "wandb not logged in": ([*files, "observe.wandb=online"], ["observe.wandb=online", "wandb login"]),
+    }  # fmt: skip
+
+
+NAMES = """unknown key, unknown top-level key, misspelt key, unknown option of a group, unknown experiment, wrong type,
+fraction of a step, negative number, no such choice, key of another choice, syntax, dropped key, heads, grouped heads,
+microbatch, axis not served, world size, no GPU, kernel that cannot run, unknown kernel, path not set, missing file,
+kind of file, empty dataset, one document, too few documents, broken file, no such column, vocabulary, no tokenizer,
+broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, another model,
+unwritable folder, hub name, wandb not logged in""".replace("\n", " ").split(", ")
+
+
+def check(text, words):
+    assert "Traceback" not in text, text
+    for word in words:
+        assert any(alternative in text for alternative in word.split("|")), f"{word!r} not in: {text}"
+
+
+@pytest.fixture(scope="module")
+def finished(lines, tmp_path_factory):
+    """Name -> the finished process; two run at a time."""
+    home = str(tmp_path_factory.mktemp("home"))
+    offline = {"HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "", "HOME": home, "CUDA_VISIBLE_DEVICES": ""}
+    with ThreadPoolExecutor(2) as pool:
+        waiting = {name: pool.submit(command, *lines[name][0], env=offline, timeout=60) for name in NAMES}
+        return {name: future.result() for name, future in waiting.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused(lines, finished, name):
+    words, done = lines[name][1], finished[name]
+    assert done.returncode == 2, done.stderr
+    check(done.stderr, words)
+    messages = [line for line in done.stderr.splitlines() if "Error: " in line]
+    assert len(messages) == 1, done.stderr
+
+
+def test_all_lines_are_tried(lines):
+    assert sorted(lines) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", ["unknown key", "world size", "missing file", "no checkpoint"])
+def test_refused_once_under_torchrun(lines, name):
+    overrides, words = lines[name]
+    done = command(*overrides, processes=2)
+    ours, _, theirs = done.stderr.partition("torch/distributed/elastic")  # whose own report follows ours
+    check(ours, [word.replace("1 processes", "2 processes") for word in words])
+    assert ours.count("Error: ") == 1, done.stderr
+    assert "exitcode: 2" in theirs or "exitcode  : 2" in theirs, done.stderr
+    left = subprocess.run(["pgrep", "-f", overrides[-1]], capture_output=True, text=True)
+    assert not left.stdout.strip(), f"processes left: {left.stdout}"
