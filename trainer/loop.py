@@ -38,8 +38,7 @@ def train(run: Run) -> bool:
             if last or _is_due(progress.step, config.evaluate.every_steps):
                 run.sinks.evaluation(progress.step, run.engine.evaluate(run.held_out))
             if last or stopping or _is_due(progress.step, config.checkpoint.every_steps):
-                _save(run)
-                saved_step = progress.step
+                saved_step = _save(run, must=last or stopping) or saved_step
     stop.close()
     if stopping:
         logger.warning(f"stopped on SIGTERM after step {progress.step}; the same command goes on from {saved_step}")
@@ -78,10 +77,18 @@ def _measure(run: Run, meter: Meter, result: StepResult, lr: float) -> StepRecor
     )
 
 
-def _save(run: Run) -> None:
+def _save(run: Run, *, must: bool) -> int | None:
+    """Save (collective) and return the step; a failure that is not the last chance is logged, and training goes on."""
     folder = Path(run.config.checkpoint.folder)
     path = checkpoint.step_folder(folder, run.progress.step)
-    checkpoint.save(path, {**run.engine.parts, "progress": run.progress, "data": run.data_position})
+    try:
+        checkpoint.save(path, {**run.engine.parts, "progress": run.progress, "data": run.data_position})
+    except checkpoint.CheckpointError as error:
+        if must:
+            raise
+        logger.error(f"step {run.progress.step} is not saved, training goes on: {error}")
+        return None
     if run.world.rank == 0:
         checkpoint.retain(folder, run.config.checkpoint.keep)
     logger.info(f"saved {path}")
+    return run.progress.step

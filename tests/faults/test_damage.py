@@ -165,8 +165,8 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert len(list((tmp_path / "c").iterdir())) == 2
 
 
-def full_disk(overrides):
-    """ENOSPC in the second save on the last rank only: all raise, none hangs."""
+def full_disk(overrides, failing):
+    """ENOSPC on the last rank only, in the given saves; return the refusal, if any, and the errors logged."""
     import os
 
     from shardwright.checkpoint import storage
@@ -175,18 +175,30 @@ def full_disk(overrides):
 
     def fail_second(tensors, path):
         calls.append(path)
-        if len(calls) == 2 and os.environ["RANK"] == "1":
+        if len(calls) in failing and os.environ["RANK"] == "1":
             raise OSError(28, "No space left on device")
         inner(tensors, path)
 
     storage.save_file = fail_second
-    return refusal(overrides)
+    lines = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("shardwright.trainer").addHandler(handler)
+    return refusal(overrides), lines
 
 
-def test_a_full_disk_on_one_rank_ends_all_with_its_name(corpus, tmp_path):
+def test_a_full_disk_on_one_rank_is_reported_by_all_and_training_goes_on(corpus, tmp_path):
     overrides = small(corpus, tmp_path, "train.num_steps=6", "checkpoint.every_steps=2")
-    messages = fork(2, full_disk, overrides)
-    assert all("[rank 1]" in message and "No space left" in message for message in messages)
-    assert [p.name for p in checkpoint.find_complete(tmp_path / "checkpoints")] == ["step_00000002"]
-    fork(2, train, overrides)
+    for message, lines in fork(2, full_disk, overrides, (2,)):
+        assert message is None
+        assert len(lines) == 1 and "step 4 is not saved" in lines[0] and "[rank 1]" in lines[0]
+    kept = [p.name for p in checkpoint.find_complete(tmp_path / "checkpoints")]
+    assert kept == ["step_00000006", "step_00000002"]
     assert len(curve(tmp_path)) == 6
+
+
+def test_a_full_disk_at_the_end_is_an_error(corpus, tmp_path):
+    overrides = small(corpus, tmp_path, "train.num_steps=4", "checkpoint.every_steps=2")
+    for message, _ in fork(2, full_disk, overrides, (2,)):
+        assert "[rank 1]" in message and "No space left" in message
+    assert [p.name for p in checkpoint.find_complete(tmp_path / "checkpoints")] == ["step_00000002"]
