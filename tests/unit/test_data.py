@@ -141,7 +141,7 @@ def test_held_out_is_the_same_for_every_layout(corpus):
 
 def test_lanes_that_cannot_be_shared_out(corpus):
     source = text("files", corpus)
-    with pytest.raises(DataError, match="12 lanes.*is 5"):
+    with pytest.raises(DataError, match=r"12 lanes.*is 5"):
         Loader(source.open(Position.start(12), share()), source.tokenizer, share(0, 5), Position.start(12))
 
 
