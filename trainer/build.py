@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from shardwright.checkpoint import Stateful
 from shardwright.conf import ConfigError
 from shardwright.conf.schema import TrainConfig
 from shardwright.data.loader import Loader, Position, Share, held_out_batches, merge_lanes
@@ -38,15 +39,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that the loop drives; `cleanup` undoes what `build` started."""
+    """Everything that the loop drives; `parts` is what a checkpoint holds, `cleanup` undoes what `build` started."""
 
     config: TrainConfig
     world: World
     engine: Engine
     loader: Loader
     held_out: list[list[Batch]]
+    parts: dict[str, Stateful]
     progress: Progress
-    data_position: DataPosition
     sinks: Sinks
     cleanup: ExitStack
 
@@ -109,51 +110,55 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         ConfigError, TopologyError, KernelError, DataError, CheckpointError: what cannot be run.
     """
     ready = prepare(config)
-    world, cleanup = ready.world, ExitStack()
+    world, share = ready.world, ready.share
     if config.train.deterministic:
         use_deterministic_algorithms()
-    if world.rank == 0:
-        cleanup.enter_context(lock_folder(Path(config.run.folder)))
-    cleanup.callback(world.stop)
-    world.start()
-    mesh = ready.mesh.start(world.device.type)
-    model = make_model(config, ready, mesh)
-    optimizer = AdamW(config.optim, model)
-    engine = NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
-    progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
-    data_position = DataPosition(Position.start(config.train.global_batch_sequences))
-    parts = {**engine.parts, "progress": progress, "data": data_position}
-    resumed = restore(ready.candidates, parts, automatic=config.checkpoint.resume == "auto")
-    _announce(config, ready, mesh, model, resumed)
+    with ExitStack() as cleanup:
+        if world.rank == 0:
+            cleanup.enter_context(lock_folder(Path(config.run.folder)))
+        cleanup.callback(world.stop)
+        world.start()
+        mesh = ready.mesh.start(world.device.type)
+        model = make_model(config, ready, mesh)
+        engine = NativeEngine(model, AdamW(config.optim, model), mesh, world.device, config.optim.max_grad_norm)
+        progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
+        data_position = DataPosition(Position.start(config.train.global_batch_sequences))
+        parts = {**engine.parts, "progress": progress, "data": data_position}
+        resumed = restore(ready.candidates, parts, automatic=config.checkpoint.resume == "auto")
+        _announce(config, ready, mesh, model, resumed)
 
-    share, position = ready.share, data_position.position
-    loader = Loader(
-        ready.text.open(position, share),
-        ready.text.tokenizer,
-        share,
-        position,
-        prefetch_batches=config.data.prefetch_batches,
-        pin_memory=world.device.type == "cuda",
-    )
-    cleanup.callback(loader.close)
-    data_position.current = lambda: merge_lanes(loader.position, share, lambda lanes: sum_over_data(mesh, lanes))
-    held_out = held_out_batches(ready.text.held_out, ready.text.tokenizer, share, config.evaluate.num_batches)
-    sinks = Sinks([])
-    if world.rank == 0:
-        (Path(config.run.folder) / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False), "utf-8")
-        sinks = make_sinks(config, plain_config, step=progress.step, wandb_id=progress.wandb_id, mode=ready.wandb)
-    cleanup.callback(sinks.close)
-    return Run(
-        config=config,
-        world=world,
-        engine=engine,
-        loader=loader,
-        held_out=held_out,
-        progress=progress,
-        data_position=data_position,
-        sinks=sinks,
-        cleanup=cleanup,
-    )
+        position = data_position.position
+        loader = Loader(
+            ready.text.open(position, share),
+            ready.text.tokenizer,
+            share,
+            position,
+            prefetch_batches=config.data.prefetch_batches,
+            pin_memory=world.device.type == "cuda",
+        )
+        cleanup.callback(loader.close)
+        data_position.current = lambda: merge_lanes(loader.position, share, lambda lanes: sum_over_data(mesh, lanes))
+        sinks = open_sinks(config, plain_config, ready, progress)
+        cleanup.callback(sinks.close)
+        return Run(
+            config=config,
+            world=world,
+            engine=engine,
+            loader=loader,
+            held_out=held_out_batches(ready.text.held_out, ready.text.tokenizer, share, config.evaluate.num_batches),
+            parts=parts,
+            progress=progress,
+            sinks=sinks,
+            cleanup=cleanup.pop_all(),
+        )
+
+
+def open_sinks(config: TrainConfig, plain_config: dict[str, Any], ready: Prepared, progress: Progress) -> Sinks:
+    """Write the config into the run folder and open the sinks, on rank 0; the others report nothing."""
+    if ready.world.rank:
+        return Sinks([])
+    (Path(config.run.folder) / "config.yaml").write_text(yaml.safe_dump(plain_config, sort_keys=False), "utf-8")
+    return make_sinks(config, plain_config, step=progress.step, wandb_id=progress.wandb_id, mode=ready.wandb)
 
 
 def make_model(config: TrainConfig, ready: Prepared, mesh: Mesh) -> nn.Module:

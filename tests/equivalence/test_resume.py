@@ -1,6 +1,7 @@
 """A resumed run is the same run: bit for bit where nothing else changed, and at any other number of processes."""
 
 import os
+import random
 import signal
 
 import pytest
@@ -50,12 +51,14 @@ def uninterrupted(corpus, tmp_path_factory):
     return curve(folder)
 
 
+RANDOM_STEPS = random.Random(2026).sample(range(3, 14), 3)
+
+
 @pytest.mark.parametrize(
     ("how", "args"),
     [
         (killed_at_step, (2,)),  # before the first checkpoint
-        (killed_at_step, (7,)),
-        (killed_at_step, (13,)),
+        *((killed_at_step, (step,)) for step in RANDOM_STEPS),
         (killed_in_save, (2, "data")),
         (killed_in_save, (3, "manifest")),
     ],

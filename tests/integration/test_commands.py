@@ -156,3 +156,16 @@ def test_import_kernels_never_finds_ours():
     done = subprocess.run([sys.executable, "-c", find], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[None, None]", done.stdout + done.stderr
     assert importlib.util.find_spec("kernels") is None
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(tmp_path):
+    """Trains on 2 processes, is killed, goes on with 1, and leaves all that it says."""
+    line = [sys.executable, str(ROOT / "scripts" / "demo.py"), "train.num_steps=40", "checkpoint.every_steps=10"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "demo"
+    for name in ("metrics.jsonl", "loss.png", "config.yaml", "checkpoints", "wandb"):
+        assert (folder / name).exists() and f"runs/demo/{name}" in done.stdout, name
+    assert "resumed from runs/demo/checkpoints/step_000000" in done.stderr
+    assert [step for step in records(folder)][-1] == 40
