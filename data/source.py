@@ -46,7 +46,7 @@ class IndexedDocuments:
             return None
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._indices)
+            self._orders[epoch] = self._indices[permutation(self._seed, epoch, len(self._indices))]
         return self._dataset[int(self._orders[epoch][ordinal])][self._text_field] or ""
 
 
@@ -89,6 +89,12 @@ class StreamedDocuments:
         return None
 
 
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Return an order of `count` documents: by a key each, from a generator whose stream no release changes."""
+    keys = np.random.Philox(key=(epoch << 64) + seed % 2**64).random_raw(count)
+    return np.argsort(keys, kind="stable")
+
+
 def split_holdout(dataset: Dataset, text_field: str, num_holdout: int, seed: int) -> tuple[IndexedDocuments, list[str]]:
     """Keep `num_holdout` documents (at most a tenth) out of training; the choice does not depend on `seed`.
 
@@ -101,7 +107,7 @@ def split_holdout(dataset: Dataset, text_field: str, num_holdout: int, seed: int
         )
     if len(dataset) < 2:
         raise DataError(f"data: {len(dataset)} documents found; at least 2 are needed, one of them held out; add some")
-    order = np.random.default_rng(0).permutation(len(dataset))
+    order = permutation(0, 0, len(dataset))
     cut = max(1, min(num_holdout, len(dataset) // 10))
     held_out = [dataset[int(i)][text_field] or "" for i in order[:cut]]
     return IndexedDocuments(dataset, text_field, order[cut:], seed), held_out

@@ -17,7 +17,7 @@ def configure_logging(rank: int, num_processes: int) -> None:
     place = f"[rank {rank}/{num_processes}] " if num_processes > 1 and rank else ""
     handler: logging.Handler
     if sys.stderr.isatty():
-        handler = RichHandler(console=CONSOLE, show_path=False, show_level=False, markup=False)
+        handler = RichHandler(console=CONSOLE, show_path=False, show_level=False, log_time_format="%H:%M:%S")
         handler.setFormatter(logging.Formatter(f"{place}%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)

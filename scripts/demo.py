@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from shardwright.observe.curve import draw_loss_curve, read_metrics
 
 FOLDER = Path("runs/demo")
@@ -33,9 +35,9 @@ def last_step() -> int:
     return max((int(r["step"]) for r in read_metrics(path)), default=0) if path.exists() else 0
 
 
-def train_and_kill(num_steps: int, overrides: list[str]) -> None:
-    """Start the run on 2 processes and kill them all once half of the steps are done."""
-    line = command(2, overrides)
+def train_and_kill(num_processes: int, num_steps: int, overrides: list[str]) -> None:
+    """Start the run and kill all its processes once half of the steps are done."""
+    line = command(num_processes, overrides)
     print(f"$ {' '.join(line)}", flush=True)
     process = subprocess.Popen(line, start_new_session=True)
     while last_step() < num_steps // 2:
@@ -49,11 +51,12 @@ def train_and_kill(num_steps: int, overrides: list[str]) -> None:
 def main() -> None:
     """Run the story; overrides on the command line are handed on."""
     overrides = sys.argv[1:]
+    num_processes = 1 if torch.cuda.device_count() == 1 else 2  # each process needs a GPU where there are any
     num_steps = next((int(o.split("=")[1]) for o in overrides if o.startswith("train.num_steps=")), 320)
     shutil.rmtree(FOLDER, ignore_errors=True)
 
-    say("Training a small Llama on Python's standard library, 2 processes")
-    train_and_kill(num_steps, overrides)
+    say(f"Training a small Llama on Python's standard library, processes: {num_processes}")
+    train_and_kill(num_processes, num_steps, overrides)
     say(f"Killed with SIGKILL after step {last_step()}; the same command goes on, now with 1 process")
     line = command(1, overrides)
     print(f"$ {' '.join(line)}", flush=True)

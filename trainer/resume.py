@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,11 @@ class Progress:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the saved fields, but keep the config that this run was started with."""
+        """Take the saved fields, but keep the config that this run was started with, and log where it differs."""
         self.step, self.tokens, self.wandb_id = state["step"], state["tokens"], state["wandb_id"]
+        changes = list(_differences(state["config"], self.config))
+        if changes:
+            logger.info(f"changed since the checkpoint: {', '.join(changes)}")
 
 
 class DataPosition:
@@ -109,6 +112,14 @@ def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic:
             "repair one, or start afresh with another run.name"
         )
     return None
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} {old} -> {new}"
 
 
 def _try_load(path: Path, parts: Mapping[str, Stateful]) -> str | None:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch.distributed as dist
-from support import assert_close, curve, fork, small, train
+from support import assert_close, curve, fork, small, train, train_and_listen
 
 from shardwright import checkpoint
 
@@ -130,6 +130,12 @@ def test_another_batch_size_after_a_resume_goes_on_in_the_same_order(corpus, tmp
     in_order = [expected[step] for step in range(6)]
     assert [first[0], first[1]] == in_order[:2]
     assert [rest[2], rest[3]] == [sorted(in_order[2] + in_order[3]), sorted(in_order[4] + in_order[5])]
+
+
+def test_a_resumed_run_says_what_has_changed(corpus, tmp_path):
+    fork(1, train, small(corpus, tmp_path, "train.num_steps=2"))
+    lines = fork(1, train_and_listen, small(corpus, tmp_path, "train.num_steps=3", "optim.peak_lr=2e-3"))[0]
+    assert "changed since the checkpoint: train.num_steps 2 -> 3, optim.peak_lr 0.001 -> 0.002" in lines
 
 
 def stop_one(overrides):

@@ -5,7 +5,7 @@ import logging
 import shutil
 
 import pytest
-from support import curve, fork, small, train
+from support import curve, fork, small, train, train_and_listen
 
 from shardwright import checkpoint
 from shardwright.checkpoint import CheckpointError, DamagedError, manifest
@@ -67,15 +67,6 @@ def escape(path):
 DAMAGES = [flip_bit, truncate, remove, cut_manifest, change_manifest, escape]
 
 
-def resume_and_listen(overrides):
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logging.getLogger("shardwright.trainer").addHandler(handler)
-    train(overrides)
-    return lines
-
-
 def refusal(overrides):
     try:
         train(overrides)
@@ -96,7 +87,7 @@ def test_damage(corpus, tmp_path, run_folder, damage):
     assert f"checkpoint.resume={folder}/checkpoints/step_00000004" in message
 
     automatic = small(corpus, folder, "train.num_steps=8", "checkpoint.every_steps=2")
-    lines = fork(1, resume_and_listen, automatic)[0]
+    lines = fork(1, train_and_listen, automatic)[0]
     assert any("passed over" in line and str(file) in line for line in lines)
     assert any(line == f"resumed from {folder}/checkpoints/step_00000004" for line in lines)
     assert len(curve(folder)) == 8

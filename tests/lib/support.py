@@ -1,6 +1,7 @@
 """What several tests need: processes by fork, small runs, and their records."""
 
 import json
+import logging
 import os
 import pickle
 import socket
@@ -9,8 +10,17 @@ import sys
 import traceback
 from pathlib import Path
 
+import datasets
 import torch
+import torch._inductor
 
+from shardwright.conf.load import load_config, to_dict
+from shardwright.observe.log import configure_logging
+from shardwright.trainer.build import build
+from shardwright.trainer.loop import train as loop
+
+# What a deterministic run on text loads is loaded here, so that forked processes have it.
+LOADED = (datasets, torch._inductor, load_config())
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "scripts" / "train.py"
 
@@ -31,7 +41,7 @@ SMALL = [
     "schedule.warmup_steps=3",
     "observe.wandb=disabled",
     "observe.every_steps=1",
-    "optim.peak_lr=3e-3",
+    "optim.peak_lr=1e-3",
     "data=files",
 ]
 
@@ -92,11 +102,6 @@ def _start(rank, num_processes, port, function, args):
 
 def train(overrides, at_step=None):
     """Train in this process; `at_step` is called with (run, step) before each step of the engine."""
-    from shardwright.conf.load import load_config, to_dict
-    from shardwright.observe.log import configure_logging
-    from shardwright.trainer.build import build
-    from shardwright.trainer.loop import train as loop
-
     config = load_config(overrides)
     configure_logging(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     run = build(config, to_dict(config))
@@ -110,6 +115,16 @@ def train(overrides, at_step=None):
         run.engine.train_step = step
     with run.cleanup:
         return loop(run)
+
+
+def train_and_listen(overrides):
+    """Train, and return the lines that the trainer logged."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("shardwright.trainer").addHandler(handler)
+    train(overrides)
+    return lines
 
 
 def records(folder):
