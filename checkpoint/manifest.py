@@ -69,8 +69,8 @@ _ADAPTER = TypeAdapter(Manifest)
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Write the manifest so that it appears whole or not at all, and survives a crash from then on."""
-    body = _ADAPTER.dump_python(manifest, mode="json")
-    document = {"format": FORMAT, **body, "xxh3": _digest(body)}
+    body = {"format": FORMAT, **_ADAPTER.dump_python(manifest, mode="json")}
+    document = {**body, "xxh3": _digest(body)}
     temporary = folder / f"{NAME}.part"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(document, file)
@@ -96,13 +96,12 @@ def read(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path} is damaged: {error}; use another checkpoint") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not of format {FORMAT}; use a version of shardwright that reads it")
-    body = {key: document.get(key) for key in ("tensors", "values", "files")}
-    if document.get("xxh3") != _digest(body):
+    if not isinstance(document, dict) or document.pop("xxh3", None) != _digest(document):
         raise DamagedError(f"{path} is damaged: its checksum does not match its content; use another checkpoint")
+    if document.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is not of format {FORMAT}; use a version of shardwright that reads it")
     try:
-        manifest = _ADAPTER.validate_python(body)
+        manifest = _ADAPTER.validate_python(document)
     except ValidationError as error:
         raise DamagedError(f"{path} is malformed: {error}; use another checkpoint") from error
     _check(folder, manifest)

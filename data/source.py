@@ -58,16 +58,11 @@ class StreamedDocuments:
     Args:
         open_stream: (epoch, first ordinal) -> the texts from there on.
         wanted: whether this process will ever ask for an ordinal.
-        starts: epoch -> the first ordinal that will be asked for, where that is not the beginning.
+        first: the earliest (epoch, ordinal) that will be asked for; later epochs are read from their beginning.
     """
 
-    def __init__(
-        self,
-        open_stream: OpenStream,
-        wanted: Callable[[int], bool],
-        starts: dict[int, int],
-    ) -> None:
-        self._open, self._wanted, self._starts = open_stream, wanted, starts
+    def __init__(self, open_stream: OpenStream, wanted: Callable[[int], bool], first: tuple[int, int]) -> None:
+        self._open, self._wanted, self._first = open_stream, wanted, first
         self._streams: dict[int, Iterator[str]] = {}
         self._next: dict[int, int] = {}
         self._kept: dict[tuple[int, int], str] = {}
@@ -77,7 +72,7 @@ class StreamedDocuments:
         if (epoch, ordinal) in self._kept:
             return self._kept.pop((epoch, ordinal))
         if epoch not in self._streams:
-            self._next[epoch] = self._starts.get(epoch, 0)
+            self._next[epoch] = self._first[1] if epoch == self._first[0] else 0
             self._streams[epoch] = self._open(epoch, self._next[epoch])
         for text in self._streams[epoch]:
             here = self._next[epoch]

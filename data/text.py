@@ -59,10 +59,9 @@ def _streamed(open_stream: source.OpenStream, num_holdout: int, tokenizer: Token
         return open_stream(epoch, start + num_holdout)
 
     def open_documents(position: Position, share: Share) -> source.Documents:
-        starts: dict[int, int] = {}
-        for epoch, ordinal, _ in position.lanes.tolist():
-            starts[epoch] = min(ordinal, starts.get(epoch, ordinal))
-        num_lanes = len(position.lanes)
-        return source.StreamedDocuments(rest, lambda ordinal: share.owns(ordinal % num_lanes), starts)
+        num_lanes, first_epoch = len(position.lanes), position.lanes[:, 0].min()
+        first = position.lanes[position.lanes[:, 0] == first_epoch, 1].min()
+        place = int(first_epoch), int(first)
+        return source.StreamedDocuments(rest, lambda ordinal: share.owns(ordinal % num_lanes), place)
 
     return Text(open=open_documents, held_out=source.read_first(open_stream, num_holdout), tokenizer=tokenizer)

@@ -89,7 +89,7 @@ def find_candidates(config: CheckpointConfig) -> list[Path]:
 
 
 def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic: bool) -> Path | None:
-    """Load the first candidate that is whole (collective: all processes agree on it).
+    """Load the first candidate that is whole (collective: all processes try what rank 0 has found).
 
     Args:
         candidates: best first; empty for a fresh start.
@@ -99,6 +99,9 @@ def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic:
     Raises:
         CheckpointError: none could be loaded, or the run does not fit it.
     """
+    found = [candidates]
+    dist.broadcast_object_list(found)
+    (candidates,) = found
     for path in candidates:
         damage = _try_load(path, parts)
         if damage is None:

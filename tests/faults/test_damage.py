@@ -58,9 +58,9 @@ def escape(path):
     file = path / manifest.NAME
     document = json.loads(file.read_text())
     name = next(iter(document["files"]))
-    text = json.dumps({k: document[k] for k in ("tensors", "values", "files")}).replace(name, "../" + name)
-    body = json.loads(text)
-    file.write_text(json.dumps({"format": 1, **body, "xxh3": manifest._digest(body)}))
+    del document["xxh3"]
+    body = json.loads(json.dumps(document).replace(name, "../" + name))
+    file.write_text(json.dumps({**body, "xxh3": manifest._digest(body)}))
     return file
 
 
@@ -193,3 +193,41 @@ def test_a_full_disk_at_the_end_is_an_error(corpus, tmp_path):
     for message, _ in fork(2, full_disk, overrides, (2,)):
         assert "[rank 1]" in message and "No space left" in message
     assert [p.name for p in checkpoint.find_complete(tmp_path / "checkpoints")] == ["step_00000002"]
+
+
+def test_another_format_is_neither_damaged_nor_passed_over(corpus, tmp_path, run_folder):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    file = folder / "checkpoints" / "step_00000006" / manifest.NAME
+    document = json.loads(file.read_text())
+    del document["xxh3"]
+    document["format"] = 2
+    file.write_text(json.dumps({**document, "xxh3": manifest._digest(document)}))
+    message = fork(1, refusal, small(corpus, folder, "train.num_steps=8"))[0]
+    assert str(file) in message and "not of format 1" in message
+
+
+def elsewhere(overrides):
+    """Rank 1 sees no checkpoints, as on a machine that does not share the folder."""
+    import os
+
+    from shardwright.trainer import build
+
+    if os.environ["RANK"] == "1":
+        build.find_candidates = lambda config: []
+        from shardwright.checkpoint import api
+
+        inner = api.manifests.read
+
+        def missing(folder):
+            return inner(folder / "nowhere")
+
+        api.manifests.read = missing
+    return refusal(overrides)
+
+
+def test_a_folder_that_is_not_shared_is_an_error_on_all_not_a_hang(corpus, tmp_path, run_folder):
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    messages = fork(2, elsewhere, small(corpus, folder, "train.num_steps=8"))
+    assert all("no complete checkpoint" in message for message in messages)

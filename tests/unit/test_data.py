@@ -66,6 +66,23 @@ def test_global_batches_do_not_depend_on_processes_or_interruptions(corpus, kind
     assert run(source, Position.start(12), 2, 3, microbatch=3)[0] == expected[:3]
 
 
+@pytest.mark.parametrize("kind", ["files", "hub"])
+def test_a_run_may_be_interrupted_anywhere_also_between_two_epochs(tmp_path, kind):
+    """Documents of very different lengths, so that lanes enter an epoch at different times."""
+    lengths = np.random.default_rng(0).integers(5, 300, 60)
+    path = tmp_path / "few.jsonl"
+    path.write_text(
+        "".join(json.dumps({"text": f"{i} " + chr(97 + i % 26) * int(n)}) + "\n" for i, n in enumerate(lengths))
+    )
+    source = text(kind, path, lanes=4)
+    expected, end = run(source, Position.start(4), 1, 90, batch=4)
+    assert end.lanes[:, 0].min() >= 2, "three epochs begun"
+    for interrupted in range(5, 90, 6):
+        first, position = run(source, Position.start(4), 2, interrupted, batch=4)
+        rest, _ = run(source, position, 4, 90 - interrupted, batch=4)
+        assert first + rest == expected, f"interrupted after {interrupted}"
+
+
 def test_another_seed_is_another_order(corpus):
     assert run(text("files", corpus), Position.start(12), 1, 1) != run(
         text("files", corpus, seed=1), Position.start(12), 1, 1
