@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from shardwright.data.errors import DataError
+from shardwright.data.hub import use_cache_if_unreachable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,6 +176,7 @@ def open_hub(config: HubDataConfig) -> OpenStream:
     Raises:
         DataError: it cannot be found or reached, or lacks the column.
     """
+    use_cache_if_unreachable()
     datasets = _datasets()
     try:
         stream = datasets.load_dataset(config.name, config.subset, split=config.split, streaming=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from shardwright.data.errors import DataError
+from shardwright.data.hub import use_cache_if_unreachable
 
 
 class Tokenizer(Protocol):
@@ -97,6 +98,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def _download(name: str, filename: str) -> Path | None:
+    use_cache_if_unreachable()
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

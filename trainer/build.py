@@ -201,14 +201,16 @@ def plan_share(config: TrainConfig, mesh: Mesh) -> Share:
 
 def _announce(config: TrainConfig, ready: Prepared, mesh: Mesh, model: nn.Module, resumed: Path | None) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
-    train = config.train
+    train, flops = config.train, FAMILIES[config.model.kind].flops_per_token
     logger.info(
         f"{config.run.name}: {config.model.name}, {num_parameters:,} parameters, "
+        f"{flops(config.model, train.sequence_length, 'causal') / 1e9:.3g} GFLOP per token (causal), "
         f"{str(ready.compute_dtype).removeprefix('torch.')} on {mesh}, {device_name(ready.world.device)}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
     logger.info(
         f"{train.num_steps} steps of {train.global_batch_sequences} x {train.sequence_length} tokens "
-        f"= {train.num_steps * train.global_batch_sequences * train.sequence_length / 1e6:.1f} M tokens"
+        f"= {train.num_steps * train.global_batch_sequences * train.sequence_length / 1e6:.1f} M tokens; "
+        f"settings in {config.run.folder}/config.yaml"
     )
     logger.info(f"resumed from {resumed}" if resumed else "starting afresh: no checkpoint to resume from")

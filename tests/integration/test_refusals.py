@@ -67,6 +67,7 @@ def lines(tmp_path_factory, corpus):
         ),
         "unwritable folder": ([*files, f"run.folder={folder}/file/run"], ["file/run", "cannot be written"]),
         "hub name": (["data=hub", "data.name=no/such-dataset", f"run.folder={folder}/run"], ["data.name=no/such-dataset"]),
+        "hub tokenizer": ([*files, "data.tokenizer=no/such"], ["data.tokenizer=no/such", "no tokenizer.json"]),
         "wandb not logged in": ([*files, "observe.wandb=online"], ["observe.wandb=online", "wandb login"]),
     }  # fmt: skip
 
@@ -76,7 +77,7 @@ fraction of a step, negative number, no such choice, key of another choice, synt
 microbatch, axis not served, world size, no GPU, kernel that cannot run, unknown kernel, path not set, missing file,
 kind of file, empty dataset, one document, too few documents, broken file, no such column, vocabulary, no tokenizer,
 broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, another model,
-unwritable folder, hub name, wandb not logged in""".replace("\n", " ").split(", ")
+unwritable folder, hub name, hub tokenizer, wandb not logged in""".replace("\n", " ").split(", ")
 
 
 def check(text, words):
@@ -89,7 +90,7 @@ def check(text, words):
 def finished(lines, tmp_path_factory):
     """Name -> the finished process; two run at a time."""
     home = str(tmp_path_factory.mktemp("home"))
-    offline = {"HF_HUB_OFFLINE": "1", "WANDB_API_KEY": "", "HOME": home, "CUDA_VISIBLE_DEVICES": ""}
+    offline = {"HF_ENDPOINT": "https://hub.invalid", "WANDB_API_KEY": "", "HOME": home, "CUDA_VISIBLE_DEVICES": ""}
     with ThreadPoolExecutor(2) as pool:
         waiting = {name: pool.submit(command, *lines[name][0], env=offline, timeout=60) for name in NAMES}
         return {name: future.result() for name, future in waiting.items()}
