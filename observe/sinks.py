@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -107,7 +108,8 @@ class JsonlSink:
         self._file.close()
 
     def _write(self, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps(fields) + "\n")
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
 
 

@@ -1,4 +1,4 @@
-"""What keeps a run safe from outside: an agreed stop on SIGTERM, and one run per folder."""
+"""What keeps a run safe from outside: an agreed stop on a signal, and one run per folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from shardwright.conf import ConfigError
 
 
 class GracefulStop:
-    """A stop that all processes make after the same step, when any of them has received SIGTERM.
+    """A stop that all processes make after the same step, when any of them has received SIGTERM or SIGINT.
 
-    Each poll starts a small reduction on the CPU and reads that of the poll before, so that none waits for it.
+    Each poll starts a small reduction on the CPU and reads that of the poll before, so that none waits for it. A second
+    Ctrl-C interrupts at once; not under torchrun, which repeats the signal.
     """
 
     def __init__(self) -> None:
         self._received = False
+        self._insists = "TORCHELASTIC_RUN_ID" not in os.environ
         self._flag: torch.Tensor | None = None
         self._pending: dist.Work | None = None
-        self._before = signal.signal(signal.SIGTERM, self._receive)
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def poll(self) -> bool:
         """Return whether to stop now (collective; call once per step)."""
@@ -36,9 +38,10 @@ class GracefulStop:
         return stop
 
     def close(self) -> None:
-        """Finish the pending reduction and give the signal back (collective)."""
+        """Finish the pending reduction and give the signals back (collective)."""
         self._collect()
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _collect(self) -> bool:
         if self._pending is None or self._flag is None:
@@ -48,6 +51,8 @@ class GracefulStop:
         return bool(self._flag.item())
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._received and self._insists and signum == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = True
 
 

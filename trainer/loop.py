@@ -39,7 +39,7 @@ def train(run: Run) -> bool:
                 _save(run, must=last or stopping)
     stop.close()
     if stopping:
-        logger.info(f"stopped on SIGTERM after step {progress.step}; the same command goes on from there")
+        logger.info(f"stopped on a signal after step {progress.step}; the same command goes on from there")
     return progress.step >= num_steps
 
 

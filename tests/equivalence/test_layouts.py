@@ -127,3 +127,4 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_and_counted(corpus, tmp_pat
         assert unchanged == [False, False, True, False, False]
     found = records(tmp_path)
     assert [found[step]["skipped_steps"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]
+    assert found[3]["grad_norm"] is None, "not finite, which JSON has no word for"

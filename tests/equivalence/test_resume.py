@@ -138,20 +138,20 @@ def test_a_resumed_run_says_what_has_changed(corpus, tmp_path):
     assert "changed since the checkpoint: train.num_steps 2 -> 3, optim.peak_lr 0.001 -> 0.002" in lines
 
 
-def stop_one(overrides):
-    """SIGTERM to one process of the group at step 3."""
+def stop_one(overrides, number):
+    """A signal to one process of the group at step 3."""
 
     def terminate(run, step, batches):
         if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     return train(overrides, terminate)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_saves_on_all_and_goes_on_bit_identical(corpus, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM)], ids=str)
+def test_a_signal_saves_on_all_and_goes_on_bit_identical(corpus, tmp_path, processes, number):
     overrides = small(corpus, tmp_path, "train.num_steps=8", "checkpoint.every_steps=null")
-    assert fork(processes, stop_one, overrides) == [False] * processes
+    assert fork(processes, stop_one, overrides, number) == [False] * processes
     (stopped,) = checkpoint.find_complete(tmp_path / "checkpoints")
     assert stopped.name in ("step_00000004", "step_00000005", "step_00000006")
     assert fork(processes, train, overrides) == [True] * processes
