@@ -15,7 +15,7 @@ def measure(run: Run, meter: Meter, result: StepResult, lr: float) -> StepRecord
     values = run.engine.read(result)
     step_seconds, wait_seconds = meter.read()
     rate = train.global_batch_sequences * train.sequence_length / step_seconds / world.num_processes
-    peak = peak_flops(world.device)
+    peak = None if train.precision == "fp32" else peak_flops(world.device)  # a bf16 peak
 
     def mfu(attention: str) -> float | None:
         count = FAMILIES[run.config.model.kind].flops_per_token(run.config.model, train.sequence_length, attention)
