@@ -171,7 +171,8 @@ class CheckpointConfig:
     """Where and how often the state is saved, how many are kept, and what a start resumes from.
 
     `resume`: `auto` continues from the newest complete checkpoint of `folder` if there is one, `none` starts afresh
-    (in a folder without checkpoints), anything else is the path of a checkpoint.
+    (in a folder without checkpoints), anything else is the path of a checkpoint to begin from, and to go on from
+    one's own once there are any.
     """
 
     folder: str

@@ -38,6 +38,8 @@ def start(config: TrainConfig) -> None:
         if num_processes > 1:
             raise ConfigError("-m sweeps over runs of one process; start it without torchrun")
         config = move_folder(config, HydraConfig.get().runtime.output_dir)
+    elif HydraConfig.get().run.dir != ".":
+        raise ConfigError(f"hydra.run.dir={HydraConfig.get().run.dir} is not used; files go to run.folder; set that")
     from shardwright.observe.log import configure_logging  # torch is not loaded for a config that is refused
     from shardwright.trainer.build import build
     from shardwright.trainer.loop import train

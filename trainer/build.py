@@ -124,7 +124,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
         data_position = DataPosition(Position.start(config.train.global_batch_sequences))
         parts = {**engine.parts, "progress": progress, "data": data_position}
-        resumed = restore(ready.candidates, parts, automatic=config.checkpoint.resume == "auto")
+        resumed = restore(ready.candidates, parts, automatic=ready.candidates != [Path(config.checkpoint.resume)])
         _announce(config, ready, mesh, model, resumed)
 
         position = data_position.position

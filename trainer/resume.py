@@ -66,21 +66,31 @@ class DataPosition:
 def find_candidates(config: CheckpointConfig) -> list[Path]:
     """Return the checkpoints to try, best first; needs no processes.
 
+    A path is where a run begins: once it has checkpoints of its own, the same command goes on from these.
+
     Raises:
-        ConfigError: `none` was asked for, and the folder holds the checkpoints of an earlier run.
+        ConfigError: what was asked for contradicts the checkpoints that the folder holds.
         CheckpointError: the path asked for is no complete checkpoint.
     """
+    own = checkpoint.find_complete(config.folder)
     if config.resume == "auto":
-        return checkpoint.find_complete(config.folder)
+        return own
     if config.resume == "none":
-        existing = checkpoint.find_complete(config.folder)
-        if existing:
+        if own:
             raise ConfigError(
-                f"checkpoint.resume=none, but checkpoint.folder={config.folder} holds {existing[0].name}; a fresh run "
+                f"checkpoint.resume=none, but checkpoint.folder={config.folder} holds {own[0].name}; a fresh run "
                 "needs a fresh folder; choose another run.name, or drop checkpoint.resume to go on"
             )
         return []
     path = Path(config.resume)
+    if path.resolve() in [other.resolve() for other in own[1:]]:
+        raise ConfigError(
+            f"checkpoint.resume={path} lies in this run's own folder, which goes on to {own[0].name}; a run that goes "
+            "back needs its own folder; choose another run.name, or drop checkpoint.resume to go on from the newest"
+        )
+    if own:
+        logger.info(f"checkpoint.resume={path} is where this run began; it goes on from its own checkpoints")
+        return own
     try:
         checkpoint.read_values(path)
     except CheckpointError as error:

@@ -132,6 +132,19 @@ def test_another_batch_size_after_a_resume_goes_on_in_the_same_order(corpus, tmp
     assert [rest[2], rest[3]] == [sorted(in_order[2] + in_order[3]), sorted(in_order[4] + in_order[5])]
 
 
+def test_a_run_that_began_from_a_path_goes_on_from_its_own_checkpoints(corpus, tmp_path):
+    """The same command, killed and typed again, does not begin anew."""
+    fork(1, train, small(corpus, tmp_path / "a", "train.num_steps=4", "checkpoint.every_steps=2"))
+    start = f"checkpoint.resume={tmp_path}/a/checkpoints/step_00000002"
+    branch = small(corpus, tmp_path / "b", "train.num_steps=9", "checkpoint.every_steps=2", start)
+    assert fork(1, killed_at_step, branch, 7) == [KILLED]
+    lines = fork(1, train_and_listen, branch)[0]
+    assert f"resumed from {tmp_path}/b/checkpoints/step_00000006" in lines
+    whole = small(corpus, tmp_path / "whole", "train.num_steps=9")
+    fork(1, train, whole)
+    assert curve(tmp_path / "b") == curve(tmp_path / "whole", first=3)
+
+
 def test_a_resumed_run_says_what_has_changed(corpus, tmp_path):
     fork(1, train, small(corpus, tmp_path, "train.num_steps=2"))
     lines = fork(1, train_and_listen, small(corpus, tmp_path, "train.num_steps=3", "optim.peak_lr=2e-3"))[0]

@@ -21,7 +21,7 @@ def lines(tmp_path_factory, corpus):
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     old = folder / "old"
-    fork(1, train, small(corpus, old, "train.num_steps=1"))
+    fork(1, train, small(corpus, old, "train.num_steps=2", "checkpoint.every_steps=1"))
     (folder / "damaged").mkdir()
     (folder / "damaged" / "manifest.json").write_text('{"format": 1, "tensors": {')
     files = ["data=files", f"run.folder={folder}/run", f"data.path={corpus}"]
@@ -58,9 +58,14 @@ def lines(tmp_path_factory, corpus):
         "no tokenizer": ([*files, f"data.tokenizer={folder}"], ["no tokenizer.json", "bytes"]),
         "broken tokenizer": ([*files, f"data.tokenizer={folder}/tokenizer"], ["tokenizer.json", "cannot be read"]),
         "no checkpoint": ([*files, f"checkpoint.resume={folder}/nowhere"], ["nowhere", "manifest.json is missing"]),
-        "run as checkpoint": ([*files, f"checkpoint.resume={old}/checkpoints"], ["complete: checkpoint.resume=", "step_00000001"]),
+        "run as checkpoint": ([*files, f"checkpoint.resume={old}/checkpoints"], ["complete: checkpoint.resume=", "step_00000002"]),
         "cut manifest": ([*files, f"checkpoint.resume={folder}/damaged"], ["manifest.json is damaged"]),
-        "fresh in an old folder": (small(corpus, old, "checkpoint.resume=none"), ["checkpoint.resume=none", "step_00000001"]),
+        "fresh in an old folder": (small(corpus, old, "checkpoint.resume=none"), ["checkpoint.resume=none", "step_00000002"]),
+        "hydra's folder": (["hydra.run.dir=elsewhere"], ["hydra.run.dir=elsewhere", "run.folder"]),
+        "back in its own folder": (
+            small(corpus, old, f"checkpoint.resume={old}/checkpoints/step_00000001"),
+            ["own folder", "step_00000002", "run.name"],
+        ),
         "another model": (
             small(corpus, folder / "other", f"checkpoint.resume={old}/checkpoints/step_00000001", "model.hidden_size=96"),
             ["model.embedding.weight", "[272, 48]", "[272, 96]"],
@@ -76,7 +81,8 @@ NAMES = """unknown key, unknown top-level key, misspelt key, unknown option of a
 fraction of a step, negative number, no such choice, key of another choice, syntax, dropped key, heads, grouped heads,
 microbatch, axis not served, world size, no GPU, kernel that cannot run, unknown kernel, path not set, missing file,
 kind of file, empty dataset, one document, too few documents, broken file, no such column, vocabulary, no tokenizer,
-broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, another model,
+broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, hydra's folder,
+back in its own folder, another model,
 unwritable folder, hub name, hub tokenizer, wandb not logged in""".replace("\n", " ").split(", ")
 
 
