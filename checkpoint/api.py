@@ -6,7 +6,6 @@ plain model, as boxes in its global index space; nothing in the folder depends o
 
 from __future__ import annotations
 
-import logging
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,6 @@ from shardwright.checkpoint.box import piece_of
 from shardwright.checkpoint.errors import CheckpointError
 from shardwright.checkpoint.manifest import DTYPES, Manifest, StoredTensor
 
-logger = logging.getLogger(__name__)
 _PREFIX = "step_"
 
 

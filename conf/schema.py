@@ -35,10 +35,15 @@ class LoopConfig:
     deterministic: bool
     device: Literal["auto", "cpu", "cuda"]
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.global_batch_sequences * self.sequence_length
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
-    """Held-out evaluation: every how many steps (null: never), over how many global batches."""
+    """Held-out evaluation: every how many steps (null: only at the end), over how many global batches."""
 
     every_steps: PositiveInt | None
     num_batches: PositiveInt

@@ -43,8 +43,10 @@ def load_text(
         )
     if isinstance(config, HubDataConfig):
         return _streamed(source.open_hub(config), config.holdout_documents, tokenizer)
-    text_field = "text" if isinstance(config, StdlibDataConfig) else config.text_field
-    dataset = source.load_stdlib() if isinstance(config, StdlibDataConfig) else source.load_files(config)
+    if isinstance(config, StdlibDataConfig):
+        dataset, text_field = source.load_stdlib(), "text"
+    else:
+        dataset, text_field = source.load_files(config), config.text_field
     documents, held_out = source.split_holdout(dataset, text_field, config.holdout_documents, seed)
     if len(documents) < num_lanes:
         raise DataError(

@@ -10,7 +10,7 @@ from shardwright.parallel.mesh import Mesh
 from shardwright.parallel.plan import ParallelPlan
 
 
-def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, compute_dtype: torch.dtype) -> nn.Module:
+def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, compute_dtype: torch.dtype) -> None:
     """Shard every block and then the rest (collective; mutates the model).
 
     Gradients are summed in float32, not averaged: the loss is already divided by the step's global token count.
@@ -22,7 +22,6 @@ def shard(model: nn.Module, plan: ParallelPlan, mesh: Mesh, compute_dtype: torch
         sharded = fully_shard(module, mesh=mesh.get(*axes), mp_policy=policy)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
-    return model
 
 
 def set_gradient_sync(model: nn.Module, enabled: bool) -> None:

@@ -22,7 +22,6 @@ class World:
     """This process among those of the run, as torchrun started them; one process needs no torchrun."""
 
     rank: int
-    local_rank: int
     num_processes: int
     device: torch.device
 
@@ -44,7 +43,6 @@ class World:
             )
         return cls(
             rank=int(os.environ.get("RANK", 0)),
-            local_rank=local_rank,
             num_processes=int(os.environ.get("WORLD_SIZE", 1)),
             device=torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu"),
         )

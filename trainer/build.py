@@ -210,7 +210,7 @@ def _announce(config: TrainConfig, ready: Prepared, mesh: Mesh, model: nn.Module
     )
     logger.info(
         f"{train.num_steps} steps of {train.global_batch_sequences} x {train.sequence_length} tokens "
-        f"= {train.num_steps * train.global_batch_sequences * train.sequence_length / 1e6:.1f} M tokens; "
+        f"= {train.num_steps * train.tokens_per_step / 1e6:.1f} M tokens; "
         f"settings in {config.run.folder}/config.yaml"
     )
     logger.info(f"resumed from {resumed}" if resumed else "starting afresh: no checkpoint to resume from")

@@ -27,7 +27,7 @@ def train(run: Run) -> bool:
         lr = config.optim.peak_lr * lr_factor(config.schedule, progress.step, num_steps)
         result = run.engine.train_step(batches, lr=lr)
         progress.step += 1
-        progress.tokens += config.train.global_batch_sequences * config.train.sequence_length
+        progress.tokens += config.train.tokens_per_step
         stopping, last = stop.poll(), progress.step == num_steps
         run.sinks.advance(progress.step)
         if last or _is_due(progress.step, config.observe.every_steps):

@@ -14,7 +14,7 @@ def measure(run: Run, meter: Meter, result: StepResult, lr: float) -> StepRecord
     train, progress, world = run.config.train, run.progress, run.world
     values = run.engine.read(result)
     step_seconds, wait_seconds = meter.read()
-    rate = train.global_batch_sequences * train.sequence_length / step_seconds / world.num_processes
+    rate = train.tokens_per_step / step_seconds / world.num_processes
     peak = None if train.precision == "fp32" else peak_flops(world.device)  # a bf16 peak
 
     def mfu(attention: str) -> float | None:
