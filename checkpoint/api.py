@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from shardwright.checkpoint import manifest as manifests
 from shardwright.checkpoint import storage
-from shardwright.checkpoint.box import piece_of
+from shardwright.checkpoint.box import Box, Piece, piece_of
 from shardwright.checkpoint.errors import CheckpointError
 from shardwright.checkpoint.manifest import DTYPES, Manifest, StoredTensor
 
@@ -50,12 +50,11 @@ def save(path: str | Path, parts: Mapping[str, Stateful]) -> None:
     """
     folder, rank = Path(path), _rank()
     tensors, values = _flatten(parts)
+    own = _choose_own({name: piece_of(tensor) for name, tensor in tensors.items()}, rank)
     file = f"{rank:05d}-{uuid.uuid4().hex[:12]}.safetensors"
     result: Any
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pieces = {name: piece_of(tensor, rank) for name, tensor in tensors.items()}
-        own = {name: piece for name, piece in pieces.items() if piece.is_writer}
         stored = storage.write_pieces(folder, file, own) if own else {}
         size = (folder / file).stat().st_size if own else 0
         result = {n: (_dtype_name(p.tensor), p.shape, stored[n]) for n, p in own.items()}, file, size
@@ -131,6 +130,16 @@ def retain(folder: str | Path, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _choose_own(pieces: dict[str, Piece], rank: int) -> dict[str, Piece]:
+    """Return what this process writes: of several that hold the same box of a tensor, the first (collective)."""
+    held = _gather({name: piece.box for name, piece in pieces.items()})
+    writers: dict[tuple[str, Box], int] = {}
+    for other, boxes in enumerate(held):
+        for name, box in boxes.items():
+            writers.setdefault((name, box), other)
+    return {name: p for name, p in pieces.items() if p.box.numel and writers[name, p.box] == rank}
+
+
 def _commit(folder: Path, gathered: list[Any], values: dict[str, Any]) -> None:
     tensors: dict[str, StoredTensor] = {}
     files = {}
@@ -145,7 +154,7 @@ def _commit(folder: Path, gathered: list[Any], values: dict[str, Any]) -> None:
 
 
 def _read_tensor(folder: Path, manifest: Manifest, name: str, tensor: torch.Tensor) -> None:
-    stored, target = manifest.tensors.get(name), piece_of(tensor, rank=0)
+    stored, target = manifest.tensors.get(name), piece_of(tensor)
     if stored is None:
         raise CheckpointError(f"{folder} has no tensor {name}; it is of another model; resume with its own config")
     if stored.shape != target.shape or DTYPES[stored.dtype] != tensor.dtype:

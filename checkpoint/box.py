@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -47,25 +47,17 @@ class Piece:
         shape: shape of the global tensor.
         box: which part of it `tensor` is.
         tensor: the local data, sharing memory with its owner.
-        is_writer: whether this process writes it, among those that hold a copy.
     """
 
     shape: tuple[int, ...]
     box: Box
     tensor: torch.Tensor
-    is_writer: bool
 
 
-def piece_of(tensor: torch.Tensor, rank: int) -> Piece:
-    """Describe a plain tensor (held by every process, written by rank 0) or a DTensor."""
+def piece_of(tensor: torch.Tensor) -> Piece:
+    """Describe a plain tensor, which is whole, or a DTensor."""
     if not isinstance(tensor, DTensor):
         shape = tuple(tensor.shape)
-        return Piece(shape, Box((0,) * len(shape), shape), tensor.detach(), rank == 0)
-    mesh, placements = tensor.device_mesh, tensor.placements
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    coordinate = mesh.get_coordinate() or []
-    first_copy = all(
-        index == 0 for index, placement in zip(coordinate, placements, strict=True) if isinstance(placement, Replicate)
-    )
-    box = Box(tuple(offsets), tuple(sizes))
-    return Piece(tuple(tensor.shape), box, tensor.to_local().detach(), first_copy and box.numel > 0)
+        return Piece(shape, Box((0,) * len(shape), shape), tensor.detach())
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Piece(tuple(tensor.shape), Box(tuple(offsets), tuple(sizes)), tensor.to_local().detach())

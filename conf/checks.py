@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from shardwright.conf.schema import TrainConfig
+    from shardwright.conf.schema import LlamaConfig, ParallelConfig, TrainConfig
 
 
 def find_conflicts(config: TrainConfig) -> list[str]:
     """Return a message for every pair of settings that contradict each other."""
-    return [*_model(config), *_layout(config), *_batch(config)]
+    return [*config.model.find_conflicts(config), *_batch(config)]
 
 
 def divisors(number: int) -> list[int]:
@@ -26,8 +26,8 @@ def choices(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + f" or {numbers[-1]}"
 
 
-def _model(config: TrainConfig) -> Iterator[str]:
-    model = config.model
+def find_llama_conflicts(model: LlamaConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Yield what contradicts itself in a Llama, and what of the layout it cannot be split into."""
     if model.num_heads % model.num_kv_heads:
         yield (
             f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
@@ -41,10 +41,6 @@ def _model(config: TrainConfig) -> Iterator[str]:
             f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} must be below "
             f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 uses 1 and 4"
         )
-
-
-def _layout(config: TrainConfig) -> Iterator[str]:
-    model, parallel = config.model, config.parallel
     if model.num_kv_heads % parallel.tensor:
         yield (
             f"parallel.tensor={parallel.tensor} does not divide model.num_kv_heads={model.num_kv_heads}; "

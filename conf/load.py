@@ -18,7 +18,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from shardwright.conf.errors import ConfigError
-from shardwright.conf.schema import TrainConfig
+from shardwright.conf.plugins import import_plugins
+from shardwright.conf.schema import MODEL_CONFIGS, ModelConfig, TrainConfig
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
@@ -29,6 +30,7 @@ _RULES = {
     "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
+    "tuple_type": "must be a list such as [a,b]",
     "dataclass_type": "must be a group of settings",
 }
 
@@ -64,11 +66,14 @@ def decode(tree: DictConfig) -> TrainConfig:
 
 
 def from_dict(raw: dict[str, Any]) -> TrainConfig:
-    """Decode plain containers, such as the `config` that a checkpoint holds.
+    """Import the plugins and decode plain containers, such as the `config` that a checkpoint holds.
 
     Raises:
         ConfigError: see `load_config`.
     """
+    plugins = raw.get("plugins")
+    if isinstance(plugins, list):  # anything else is refused below
+        import_plugins(map(str, plugins))
     try:
         return _ADAPTER.validate_json(json.dumps(raw))  # strict JSON takes objects and lists, strict Python does not
     except ValidationError as error:
@@ -114,7 +119,9 @@ def _fields_under(path: list[str]) -> list[str]:
 
 
 def _variants(annotation: Any) -> list[Any]:
-    """Return the dataclasses in an annotation: itself, or the members of a union."""
+    """Return the dataclasses in an annotation: itself, the members of a union, or the registered model configs."""
+    if annotation is ModelConfig:
+        return list(MODEL_CONFIGS.values())
     if dataclasses.is_dataclass(annotation):
         return [annotation]
     return [variant for member in typing.get_args(annotation) for variant in _variants(member)]

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    TypeAdapter,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
-from shardwright.conf.checks import find_conflicts
+from shardwright.conf.checks import find_conflicts, find_llama_conflicts
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -50,6 +64,24 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """What the config of every model family has. A family derives its own from it and adds fields."""
+
+    kind: str
+    name: Name
+    vocab_size: PositiveInt
+
+    @property
+    def kernel_sizes(self) -> dict[str, int | None]:
+        """Sizes that kernels are chosen by: `head_dim`, of a family that attends."""
+        return {"head_dim": None}
+
+    def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
+        """Yield a message (value, rule, remedy) for every pair of settings that this family cannot run."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RopeScalingConfig:
     """Llama 3.1's stretching of the rotary wavelengths beyond the original context."""
 
@@ -60,12 +92,10 @@ class RopeScalingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LlamaConfig:
+class LlamaConfig(ModelConfig):
     """Llama 3 family; `parallel_block` and `sliding_window` are MegaScale's options (arXiv 2402.15627, section 3.1)."""
 
     kind: Literal["llama"]
-    name: Name
-    vocab_size: PositiveInt
     hidden_size: PositiveInt
     intermediate_size: PositiveInt
     num_layers: PositiveInt
@@ -79,16 +109,95 @@ class LlamaConfig:
     parallel_block: bool
     sliding_window: PositiveInt | None
 
+    @property
+    def kernel_sizes(self) -> dict[str, int | None]:
+        """See `ModelConfig`."""
+        return {"head_dim": self.head_dim}
+
+    def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
+        """See `ModelConfig`."""
+        return find_llama_conflicts(self, config.parallel)  # pyright: ignore[reportArgumentType]
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"llama": LlamaConfig}  # models.registry.register adds to it
+
+
+def _decode_model(raw: Any) -> ModelConfig:
+    """Decode a model config as the class that is registered for its kind."""
+    if not isinstance(raw, dict):
+        raise PydanticCustomError("dataclass_type", "must be a group of settings")
+    known = ", ".join(MODEL_CONFIGS)
+    if "kind" not in raw:
+        raise ValueError(f"model.kind is not set; it is required; add model.kind=VALUE, known: {known}")
+    if raw["kind"] not in MODEL_CONFIGS:
+        raise ValueError(
+            f"model.kind={raw['kind']} is not registered; known: {known}; add the module that registers it to plugins"
+        )
+    return TypeAdapter(MODEL_CONFIGS[raw["kind"]]).validate_json(json.dumps(raw))  # as conf.load does, and why
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ParallelConfig:
-    """Degrees of the mesh axes; their product is the number of processes. `shard: auto` takes what the others leave."""
+    """Degrees of the mesh axes, and how each axis works.
+
+    The product of the degrees is the number of processes; `shard: auto` takes what the others leave.
+    `pipeline_schedule` is a name or the path of a YAML table; `pipeline_chunks: auto` gives each process as many stages
+    as the schedule needs. `zero: auto` is 3 without a pipeline and 2 with one.
+    """
 
     pipeline: PositiveInt
     replicate: PositiveInt
     shard: PositiveInt | Literal["auto"]
     context: PositiveInt
     tensor: PositiveInt
+    pipeline_schedule: str
+    pipeline_chunks: PositiveInt | Literal["auto"]
+    context_mode: Literal["ring", "ulysses"]
+    tensor_overlap: Literal["none", "chunked"]
+    zero: Literal["auto", 2, 3]
+
+    @property
+    def num_chunks(self) -> int:
+        """Stages per process along the pipeline, for the schedules that have names."""
+        if self.pipeline_chunks == "auto":
+            return 2 if self.pipeline_schedule in ("interleaved_1f1b", "zbv") else 1
+        return self.pipeline_chunks
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class NoRecomputeConfig:
+    """Every activation that backward needs is kept."""
+
+    kind: Literal["none"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FullRecomputeConfig:
+    """Each block keeps its input only (arXiv 1604.06174)."""
+
+    kind: Literal["full"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SelectiveRecomputeConfig:
+    """The outputs of the named ops are made again in backward, all else is kept (arXiv 2205.05198)."""
+
+    kind: Literal["selective"]
+    ops: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BudgetRecomputeConfig:
+    """As little recomputation as lets the saved activations of a process fit into `gib`."""
+
+    kind: Literal["budget"]
+    gib: PositiveFloat
+
+
+RecomputeConfig = Annotated[
+    NoRecomputeConfig | FullRecomputeConfig | SelectiveRecomputeConfig | BudgetRecomputeConfig,
+    Field(discriminator="kind"),
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,6 +205,19 @@ class AdamWConfig:
     """AdamW (arXiv 1711.05101); norms and biases are not decayed."""
 
     kind: Literal["adamw"]
+    peak_lr: PositiveFloat
+    beta1: Fraction
+    beta2: Fraction
+    eps: PositiveFloat
+    weight_decay: NonNegativeFloat
+    max_grad_norm: PositiveFloat | None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LambConfig:
+    """LAMB (arXiv 1904.00962), for large batches; norms and biases are neither decayed nor scaled by a trust ratio."""
+
+    kind: Literal["lamb"]
     peak_lr: PositiveFloat
     beta1: Fraction
     beta2: Fraction
@@ -198,14 +320,20 @@ class ObserveConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """One run, complete. Built by `load_config` only, saved in every checkpoint, never changed."""
+    """One run, complete. Built by `load_config` only, saved in every checkpoint, never changed.
 
+    `plugins` are modules or .py files that are imported at start on every process, such as one that registers a model
+    family (see `models.registry`).
+    """
+
+    plugins: tuple[str, ...]
     run: RunConfig
     train: LoopConfig
     evaluate: EvaluateConfig
-    model: LlamaConfig
+    model: Annotated[SerializeAsAny[ModelConfig], PlainValidator(_decode_model)]
     parallel: ParallelConfig
-    optim: AdamWConfig
+    recompute: RecomputeConfig
+    optim: Annotated[AdamWConfig | LambConfig, Field(discriminator="kind")]
     schedule: Annotated[WarmupStableDecayConfig | CosineConfig, Field(discriminator="kind")]
     data: DataConfig
     kernels: KernelsConfig

@@ -11,7 +11,10 @@ IGNORED = -100  # label of a token that is not predicted: the last of a document
 
 
 def reference(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Return the summed negative log-likelihood (nats, float32 scalar) of the labels; softmax in float32.
+    """Return the summed negative log-likelihood (nats) of the labels; softmax in float32.
+
+    The sum is a float64 scalar: there, adding up float32 losses of tokens is exact, so that their order, and with it
+    the layout, leaves no trace.
 
     Args:
         hidden_BTC: final hidden states.
@@ -19,7 +22,8 @@ def reference(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torc
         labels_BT: int64 token ids; `IGNORED` ones add nothing.
     """
     logits = (hidden_BTC @ weight_VC.T).flatten(0, 1).float()
-    return F.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+    losses = F.cross_entropy(logits, labels_BT.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.sum(dtype=torch.float64)
 
 
 OP = Op(name="linear_cross_entropy", reference=reference)

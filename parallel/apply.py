@@ -2,43 +2,164 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
+from shardwright.kernels import Kernels
+from shardwright.parallel.context import context_attention
 from shardwright.parallel.init import fill_initial_values
-from shardwright.parallel.mesh import Mesh, TopologyError
+from shardwright.parallel.mesh import Mesh
+from shardwright.parallel.model import ParallelModel
+from shardwright.parallel.pipeline.execute import Channels, Executor, Microbatch, edges
+from shardwright.parallel.pipeline.schedule import Schedule, check, load_schedule, make_schedule
+from shardwright.parallel.pipeline.stage import cut, split_by_cost
 from shardwright.parallel.plan import ParallelPlan
+from shardwright.parallel.products import OVERLAPS, WeightGradients
+from shardwright.parallel.recompute import recompute
 from shardwright.parallel.shard import shard
+from shardwright.parallel.tensor import TensorParallel, resolve, split_backward
 
-SERVED = ("replicate", "shard")
+if TYPE_CHECKING:
+    from shardwright.conf.schema import TrainConfig
 
 
-def check_served(mesh: Mesh) -> None:
-    """Refuse degrees along axes that `apply` does not implement.
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What is decided before any process group exists.
+
+    Attributes:
+        plan: of the model's family.
+        schedule: of the pipeline; with one process along it, of its microbatches.
+        split: which blocks each stage holds.
+    """
+
+    plan: ParallelPlan
+    schedule: Schedule
+    split: list[range]
+
+
+def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfig) -> Layout:
+    """Decide stages and schedule, and check the plan against the model (local; needs no memory and no groups).
 
     Raises:
-        TopologyError: such an axis has a degree above 1.
+        PlanError, ScheduleError: the model cannot be laid out so.
     """
-    for axis, degree in mesh.degrees.items():
-        if degree > 1 and axis not in SERVED:
-            raise TopologyError(
-                f"parallel.{axis}={degree} is not served yet; this version runs {' and '.join(SERVED)}; "
-                f"set parallel.{axis}=1"
-            )
+    names = plan.match_blocks(name for name, _ in model.named_modules())
+    if mesh.degrees["tensor"] > 1:
+        resolve(plan, model)
+    schedule = _schedule(mesh, config)
+    split = [range(len(names))]
+    if schedule.num_stages > 1:
+        split = split_by_cost(model, plan, schedule.num_stages, config.train.sequence_length)
+    return Layout(plan=plan, schedule=schedule, split=split)
 
 
 def apply(
-    model: nn.Module, plan: ParallelPlan, mesh: Mesh, *, device: torch.device, compute_dtype: torch.dtype, seed: int
-) -> nn.Module:
-    """Shard a model made on the meta device, give it memory and initial values (collective; mutates the model).
+    model: nn.Module,
+    layout: Layout,
+    mesh: Mesh,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+) -> ParallelModel:
+    """Make a model on the meta device parallel, give it memory and initial values (collective; mutates the model).
 
-    One process computing in float32 gets the plain model, untouched: the specification of all layouts.
-
-    Raises:
-        PlanError: the plan does not fit the model.
+    One process computing in float32 runs the plain model, untouched: the specification of all layouts.
     """
-    if mesh.data_degree > 1 or compute_dtype != torch.float32:
-        shard(model, plan, mesh, compute_dtype)
-    model.to_empty(device=device)
-    fill_initial_values(model, plan, seed)
-    return model
+    plan, schedule, parallel = layout.plan, layout.schedule, config.parallel
+    rank, gradients = mesh.coordinate("pipeline"), WeightGradients()
+    stages = {0: model}
+    if schedule.num_stages > 1:
+        stages = {stage: cut(model, plan, layout.split, stage) for stage in schedule.stages_of(rank)}
+    tensor = None
+    if mesh.degrees["tensor"] > 1:
+        overlap = OVERLAPS[parallel.tensor_overlap](mesh.get_group("tensor"))
+        tensor = TensorParallel(plan, model, mesh.get("tensor"), overlap, gradients)
+    free_weights = parallel.zero == 3 or (parallel.zero == "auto" and schedule.num_ranks == 1)
+    for stage in stages.values():
+        blocks = _blocks(stage, plan)
+        if mesh.degrees["context"] > 1:
+            _install_context(stage, mesh, config)
+        if tensor is not None:
+            tensor.install(stage)
+        elif schedule.splits_backward:
+            split_backward(blocks, gradients)
+        recompute(blocks, config.recompute, [1] * len(blocks))
+        if mesh.data_degree * mesh.degrees["context"] > 1 or compute_dtype != torch.float32:
+            shard(stage, blocks, mesh, compute_dtype, free_after_forward=free_weights)
+        stage.to_empty(device=device)
+        fill_initial_values(stage, plan, config.train.seed)
+    channels = Channels(mesh.get_group("pipeline"), device, edges(schedule)) if schedule.num_ranks > 1 else None
+    executor = Executor(
+        schedule,
+        rank,
+        stages,
+        gradients=gradients,
+        hidden=_hidden_states(plan, mesh, device, compute_dtype),
+        channels=channels,
+        free_weights=free_weights,
+    )
+    ends = schedule.ranks[0], schedule.ranks[-1]
+    return ParallelModel(
+        stages, executor, mesh, context_mode=parallel.context_mode, tied=_tied(model, plan, schedule), ends=ends
+    )
+
+
+def num_microbatches(config: TrainConfig, data_degree: int) -> int:
+    """Return the microbatches of a step on each process; the last one may be smaller."""
+    return math.ceil(config.train.global_batch_sequences // data_degree / config.train.microbatch_sequences)
+
+
+def _schedule(mesh: Mesh, config: TrainConfig) -> Schedule:
+    parallel, num_ranks = config.parallel, mesh.degrees["pipeline"]
+    count = num_microbatches(config, mesh.data_degree)
+    if num_ranks == 1:
+        return make_schedule("1f1b", num_ranks=1, num_chunks=1, num_microbatches=count)
+    if parallel.pipeline_schedule.endswith((".yaml", ".yml")):
+        schedule = load_schedule(parallel.pipeline_schedule, num_ranks=num_ranks, num_microbatches=count)
+    else:
+        schedule = make_schedule(
+            parallel.pipeline_schedule,
+            num_ranks=num_ranks,
+            num_chunks=parallel.num_chunks,
+            num_microbatches=count,
+        )
+    check(schedule)
+    return schedule
+
+
+def _blocks(stage: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
+    modules = dict(stage.named_modules())
+    return [modules[name] for name in plan.match_blocks(modules)]
+
+
+def _install_context(stage: nn.Module, mesh: Mesh, config: TrainConfig) -> None:
+    for module in stage.modules():
+        kernels = getattr(module, "kernels", None)
+        if isinstance(kernels, Kernels):
+            attention = context_attention(kernels.attention, config.parallel.context_mode, mesh.get_group("context"))
+            module.kernels = replace(kernels, attention=attention)
+
+
+def _hidden_states(plan: ParallelPlan, mesh: Mesh, device: torch.device, dtype: torch.dtype):
+    """Return what makes an empty tensor for the hidden states of a microbatch [B, t, C] on this process."""
+
+    def empty(microbatch: Microbatch) -> torch.Tensor:
+        assert plan.ends is not None
+        num_sequences, length = microbatch[1].shape
+        shape = num_sequences, length // mesh.degrees["tensor"], plan.ends.hidden_size
+        return torch.empty(shape, device=device, dtype=dtype)
+
+    return empty
+
+
+def _tied(model: nn.Module, plan: ParallelPlan, schedule: Schedule) -> list[str]:
+    if schedule.num_stages == 1 or plan.ends is None:
+        return []
+    both = set(plan.ends.first) & set(plan.ends.last)
+    return [name for name, _ in model.named_parameters() if any(name.startswith(f"{module}.") for module in both)]

@@ -1,15 +1,15 @@
-"""One gradient norm over parameters that live on different meshes."""
+"""Norms and sums of tensors that live on different meshes."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from shardwright.parallel.mesh import DATA_AXES, Mesh
+from shardwright.parallel.mesh import COPIES, TENSOR
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -17,30 +17,58 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_over(tensor: torch.Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Return the groups of the mesh axes along which a tensor is sharded."""
+    if not isinstance(tensor, DTensor):
+        return ()
+    sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return tuple(tensor.device_mesh.get_group(dim) for dim in sharded)
+
+
+def square_norms(parts: Sequence[torch.Tensor], groups: Sequence[tuple[dist.ProcessGroup, ...]]) -> torch.Tensor:
+    """Return the squared L2 norm of each whole tensor, float32 [len(parts)] (collective: one reduction per group set).
+
+    Args:
+        parts: this process's part of each tensor.
+        groups: for each tensor, the groups over which its parts are spread: see `sharded_over`.
+    """
+    norms = torch._foreach_norm(list(parts), 2, dtype=torch.float32)
+    alike: dict[tuple[dist.ProcessGroup, ...], list[int]] = defaultdict(list)
+    for index, key in enumerate(groups):
+        alike[key].append(index)
+    squares: dict[int, torch.Tensor] = {}
+    for key, indices in alike.items():
+        summed = torch.stack([norms[index] for index in indices]).square()
+        for group in key:
+            dist.all_reduce(summed, group=group)
+        squares.update(zip(indices, summed.unbind(), strict=True))
+    return torch.stack([squares[index] for index in range(len(norms))])
+
+
 def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the L2 norm over all gradients as a float32 device scalar (collective over their sharded axes).
 
     Squares are summed over the mesh axes along which a gradient is sharded, and over no others.
     """
-    parts: dict[tuple[dist.ProcessGroup, ...], list[torch.Tensor]] = defaultdict(list)
-    for gradient in gradients:
-        groups: tuple[dist.ProcessGroup, ...] = ()
-        if isinstance(gradient, DTensor):
-            sharded = [dim for dim, placement in enumerate(gradient.placements) if isinstance(placement, Shard)]
-            groups = tuple(gradient.device_mesh.get_group(dim) for dim in sharded)
-        parts[groups].append(local(gradient))
-    squares = []
-    for groups, tensors in parts.items():
-        square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).square().sum()
-        for group in groups:
-            dist.all_reduce(square, group=group)
-        squares.append(square)
-    return torch.stack(squares).sum().sqrt()
+    gradients = list(gradients)
+    squares = square_norms([local(g) for g in gradients], [sharded_over(g) for g in gradients])
+    return squares.sum().sqrt()
 
 
-def sum_over_data(mesh: Mesh, tensor: torch.Tensor) -> torch.Tensor:
-    """Add up a small tensor over the processes that read different sequences (collective; mutates and returns it)."""
-    for axis in DATA_AXES:
-        if mesh.degrees[axis] > 1:
-            dist.all_reduce(tensor, group=mesh.get(axis).get_group())
-    return tensor
+def sum_over_tensor(parameters: Iterable[torch.Tensor]) -> None:
+    """Add up, over the tensor axis, the gradients of parameters that are whole there (collective; mutates them).
+
+    Each process has seen its own tokens, or its own query heads, so each has a summand. One message per group.
+    """
+    parts: dict[dist.ProcessGroup, list[torch.Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if isinstance(parameter, DTensor) and parameter.grad is not None:
+            mesh = parameter.device_mesh
+            for dim, (name, placement) in enumerate(zip(mesh.mesh_dim_names or (), parameter.placements, strict=True)):
+                if name in (TENSOR, COPIES) and placement.is_replicate():
+                    parts[mesh.get_group(dim)].append(local(parameter.grad))
+    for group, tensors in parts.items():
+        whole = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(whole, group=group)
+        for tensor, summed in zip(tensors, whole.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 if TYPE_CHECKING:
@@ -13,6 +16,10 @@ if TYPE_CHECKING:
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 DATA_AXES = ("replicate", "shard")
+LOSS_AXES = ("pipeline", "replicate", "shard", "context")  # along these, each process has a part of the loss
+
+TENSOR, HEADS, COPIES = "tensor", "tensor_heads", "tensor_copies"  # the last two: tensor, where heads are copied
+_WEIGHTS = "shard_context"  # weights are sharded over both axes as one, since both see different tokens
 
 
 class TopologyError(Exception):
@@ -26,12 +33,14 @@ class Mesh:
     Attributes:
         degrees: axis -> number of processes along it.
         rank: the global rank whose place this is.
-        device_mesh: the live groups, or None before `start`.
+        device_mesh: the live groups, with `shard` and `context` as one dim; None before `start`.
+        axes_mesh: the same with one dim per axis.
     """
 
     degrees: dict[str, int]
     rank: int
     device_mesh: DeviceMesh | None = None
+    axes_mesh: DeviceMesh | None = None
 
     @classmethod
     def of(cls, config: ParallelConfig, *, num_processes: int, rank: int) -> Mesh:
@@ -75,20 +84,41 @@ class Mesh:
 
     def start(self, device_type: str) -> Mesh:
         """Create the groups (collective; the default process group must exist) and return the live mesh."""
-        shape = tuple(self.degrees[axis] for axis in AXES)
-        return replace(self, device_mesh=init_device_mesh(device_type, shape, mesh_dim_names=AXES))
+        pipeline, replicate, shard, context, tensor = (self.degrees[axis] for axis in AXES)
+        device_mesh = init_device_mesh(
+            device_type,
+            (pipeline, replicate, shard * context, tensor),
+            mesh_dim_names=("pipeline", "replicate", _WEIGHTS, TENSOR),
+        )
+        axes_mesh = device_mesh._unflatten(_WEIGHTS, (shard, context), ("shard", "context"))
+        return replace(self, device_mesh=device_mesh, axes_mesh=axes_mesh)
 
-    def get(self, *axes: str) -> DeviceMesh:
-        """Return the live sub-mesh of the named axes.
+    def get(self, axis: str) -> DeviceMesh:
+        """Return the live one-dimensional mesh of an axis.
 
         Raises:
-            TopologyError: an axis does not exist, or the mesh was not started.
+            TopologyError: the axis does not exist, or the mesh was not started.
         """
-        unknown = [axis for axis in axes if axis not in AXES]
-        if self.device_mesh is None or unknown:
-            live = AXES if self.device_mesh is not None else ()
-            raise TopologyError(f"axes {axes} are not live; live are {live}; call start() first, use those names")
-        return self.device_mesh[axes]
+        if self.axes_mesh is None or axis not in AXES:
+            live = AXES if self.axes_mesh is not None else ()
+            raise TopologyError(f"axis {axis} is not live; live are {live}; call start() first, use those names")
+        return self.axes_mesh[axis]
+
+    def get_weights(self) -> DeviceMesh:
+        """Return the live mesh that FSDP2 shards weights over: (replicate, shard x context), or the latter alone."""
+        assert self.device_mesh is not None
+        return self.device_mesh["replicate", _WEIGHTS] if self.degrees["replicate"] > 1 else self.device_mesh[_WEIGHTS]
+
+    def get_group(self, axis: str) -> dist.ProcessGroup:
+        """Return the live process group of an axis; raises as `get`."""
+        return self.get(axis).get_group()
+
+    def sum(self, tensor: torch.Tensor, axes: Sequence[str]) -> torch.Tensor:
+        """Add up a small tensor over some axes (collective; mutates and returns it)."""
+        for axis in axes:
+            if self.degrees[axis] > 1:
+                dist.all_reduce(tensor, group=self.get_group(axis))
+        return tensor
 
     def __str__(self) -> str:
         """Show the axes that are in use."""

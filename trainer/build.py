@@ -24,14 +24,14 @@ from shardwright.kernels import Kernels, select
 from shardwright.models.registry import FAMILIES
 from shardwright.observe.hardware import device_name
 from shardwright.observe.sinks import Sinks, check_tensorboard, make_sinks, wandb_mode
-from shardwright.parallel.apply import apply, check_served
-from shardwright.parallel.gradients import sum_over_data
-from shardwright.parallel.mesh import Mesh
+from shardwright.parallel.apply import Layout, apply, lay_out
+from shardwright.parallel.mesh import DATA_AXES, Mesh
+from shardwright.parallel.plan import ParallelPlan
 from shardwright.parallel.world import World, use_deterministic_algorithms
 from shardwright.trainer.engine import Engine
 from shardwright.trainer.guards import lock_folder
 from shardwright.trainer.native import NativeEngine
-from shardwright.trainer.optim import AdamW
+from shardwright.trainer.optim import make_optimizer
 from shardwright.trainer.resume import DataPosition, Progress, find_candidates, restore
 
 logger = logging.getLogger(__name__)
@@ -59,9 +59,10 @@ class Prepared:
     world: World
     mesh: Mesh
     share: Share
+    model: nn.Module
+    layout: Layout
     text: Text
     compute_dtype: torch.dtype
-    kernels: Kernels
     candidates: list[Path]
     wandb: str | None
 
@@ -75,20 +76,20 @@ def prepare(config: TrainConfig) -> Prepared:
     train = config.train
     world = World.from_environment(train.device)
     mesh = Mesh.of(config.parallel, num_processes=world.num_processes, rank=world.rank)
-    check_served(mesh)
     share = plan_share(config, mesh)
     bf16 = train.precision == "bf16" or (train.precision == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     check_tensorboard(config.observe.tensorboard)
+    kernels = select(config.kernels, device=world.device.type, dtype=dtype, sizes=config.model.kernel_sizes)
+    model, plan = make_plain_model(config, kernels)
     return Prepared(
         world=world,
         mesh=mesh,
         share=share,
+        model=model,
+        layout=lay_out(model, plan, mesh, config),
         compute_dtype=dtype,
         wandb=wandb_mode(config.observe.wandb) if world.rank == 0 else None,
-        kernels=select(
-            config.kernels, device=world.device.type, dtype=dtype, sizes={"head_dim": config.model.head_dim}
-        ),
         candidates=find_candidates(config.checkpoint),
         text=load_text(
             config.data,
@@ -119,13 +120,17 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         cleanup.callback(world.stop)
         world.start()
         mesh = ready.mesh.start(world.device.type)
-        model = make_model(config, ready, mesh)
-        engine = NativeEngine(model, AdamW(config.optim, model), mesh, world.device, config.optim.max_grad_norm)
+        num_parameters = sum(p.numel() for p in ready.model.parameters())
+        model = apply(
+            ready.model, ready.layout, mesh, config, device=world.device, compute_dtype=ready.compute_dtype
+        )
+        optimizer = make_optimizer(config.optim, model)
+        engine = NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
         data_position = DataPosition(Position.start(config.train.global_batch_sequences))
         parts = {**engine.parts, "progress": progress, "data": data_position}
         resumed = restore(ready.candidates, parts, automatic=ready.candidates != [Path(config.checkpoint.resume)])
-        _announce(config, ready, mesh, model, resumed)
+        _announce(config, ready, num_parameters, resumed)
 
         position = data_position.position
         loader = Loader(
@@ -137,7 +142,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
             pin_memory=world.device.type == "cuda",
         )
         cleanup.callback(loader.close)
-        data_position.current = lambda: merge_lanes(loader.position, share, lambda lanes: sum_over_data(mesh, lanes))
+        data_position.current = lambda: merge_lanes(loader.position, share, lambda lanes: mesh.sum(lanes, DATA_AXES))
         sinks = open_sinks(config, plain_config, ready, progress)
         cleanup.callback(sinks.close)
         return Run(
@@ -161,19 +166,11 @@ def open_sinks(config: TrainConfig, plain_config: dict[str, Any], ready: Prepare
     return make_sinks(config, plain_config, step=progress.step, wandb_id=progress.wandb_id, mode=ready.wandb)
 
 
-def make_model(config: TrainConfig, ready: Prepared, mesh: Mesh) -> nn.Module:
-    """Build the plain model without memory, then apply the layout and the initial values (collective)."""
+def make_plain_model(config: TrainConfig, kernels: Kernels) -> tuple[nn.Module, ParallelPlan]:
+    """Return the plain model without memory (on the meta device), and its family's plan."""
     family = FAMILIES[config.model.kind]
     with torch.device("meta"):
-        model = family.build(config.model, ready.kernels)
-    return apply(
-        model,
-        family.plan(config.model),
-        mesh,
-        device=ready.world.device,
-        compute_dtype=ready.compute_dtype,
-        seed=config.train.seed,
-    )
+        return family.build(config.model, kernels), family.plan(config.model)
 
 
 def plan_share(config: TrainConfig, mesh: Mesh) -> Share:
@@ -199,13 +196,12 @@ def plan_share(config: TrainConfig, mesh: Mesh) -> Share:
     )
 
 
-def _announce(config: TrainConfig, ready: Prepared, mesh: Mesh, model: nn.Module, resumed: Path | None) -> None:
-    num_parameters = sum(p.numel() for p in model.parameters())
+def _announce(config: TrainConfig, ready: Prepared, num_parameters: int, resumed: Path | None) -> None:
     train, flops = config.train, FAMILIES[config.model.kind].flops_per_token
     logger.info(
         f"{config.run.name}: {config.model.name}, {num_parameters:,} parameters, "
         f"{flops(config.model, train.sequence_length, 'causal') / 1e9:.3g} GFLOP per token (causal), "
-        f"{str(ready.compute_dtype).removeprefix('torch.')} on {mesh}, {device_name(ready.world.device)}; "
+        f"{str(ready.compute_dtype).removeprefix('torch.')} on {ready.mesh}, {device_name(ready.world.device)}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
     logger.info(

@@ -17,12 +17,14 @@ class StepResult:
     """What a step left on the device; reading it is the engine's `read`.
 
     Attributes:
-        loss: this process's part of the loss in nats per token; the parts add up.
+        loss_sum: this process's part of the loss in nats, summed over tokens (float64); the parts add up.
+        num_labels: predicted tokens of the global batch.
         grad_norm: L2 norm of the whole gradient before clipping.
         num_skipped: steps not applied so far because their gradient was not finite.
     """
 
-    loss: torch.Tensor
+    loss_sum: torch.Tensor
+    num_labels: torch.Tensor
     grad_norm: torch.Tensor
     num_skipped: torch.Tensor
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import nn
 
 from shardwright.checkpoint import Stateful
 from shardwright.data.pack import Batch
 from shardwright.kernels.linear_cross_entropy import IGNORED
-from shardwright.parallel.gradients import global_norm, sum_over_data
-from shardwright.parallel.mesh import Mesh
-from shardwright.parallel.shard import set_gradient_sync
+from shardwright.parallel.mesh import DATA_AXES, LOSS_AXES, Mesh
+from shardwright.parallel.model import ParallelModel
 from shardwright.trainer.engine import Engine, StepResult, StepValues
-from shardwright.trainer.optim import AdamW
+from shardwright.trainer.optim import Optimizer
 
 
 class NativeEngine(Engine):
@@ -29,54 +28,63 @@ class NativeEngine(Engine):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: AdamW, mesh: Mesh, device: torch.device, max_grad_norm: float | None
+        self, model: ParallelModel, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_grad_norm: float | None
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self._mesh, self._device, self._max_grad_norm = mesh, device, max_grad_norm
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
-        """See `Engine`. The loss is a sum over tokens divided by the labels of the whole global batch."""
-        batches = [batch.to(self._device) for batch in batches]
-        num_labels = self._count_labels(batches)
-        loss = torch.zeros((), device=self._device)
-        for i, batch in enumerate(batches):
-            set_gradient_sync(self.model, enabled=i == len(batches) - 1)
-            part = self._summed_loss(batch) / num_labels
-            part.backward()
-            loss += part.detach()
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = global_norm(gradients)
+        """See `Engine`."""
+        result = self.backward(batches)
+        norm = result.grad_norm
         skip = ~norm.isfinite()
-        self._num_skipped += skip
+        self._num_skipped = self._num_skipped + skip
         scale = torch.ones_like(norm) if self._max_grad_norm is None else (norm / self._max_grad_norm).clamp(min=1.0)
         self.optimizer.step(lr=lr, grad_scale=scale, skip=skip)
-        return StepResult(loss=loss, grad_norm=norm, num_skipped=self._num_skipped.clone())
+        self.model.refresh_copies()
+        return replace(result, num_skipped=self._num_skipped)
+
+    def backward(self, batches: Sequence[Batch]) -> StepResult:
+        """Leave the gradient of a step on the model's parameters, not clipped (collective).
+
+        The loss is a sum over tokens divided by the labels of the whole global batch.
+        """
+        batches = [batch.to(self._device) for batch in batches]
+        num_labels = self._count_labels(batches).clamp(min=1)
+        loss_sum = self.model.forward_backward([_arguments(b) for b in batches], num_labels.double().reciprocal())
+        norm = self.model.gradient_norm()
+        return StepResult(
+            loss_sum=loss_sum, num_labels=num_labels, grad_norm=norm, num_skipped=self._num_skipped
+        )
 
     @torch.no_grad()
     def evaluate(self, steps: Sequence[Sequence[Batch]]) -> float:
         """See `Engine`."""
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
-        for batch in (batch.to(self._device) for batches in steps for batch in batches):
-            totals[0] += self._summed_loss(batch)
-            totals[1] += (batch.labels != IGNORED).sum()
-        loss, count = sum_over_data(self._mesh, totals).tolist()
-        return loss / max(count, 1.0)
+        loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        count = torch.zeros((), dtype=torch.int64, device=self._device)
+        for batches in steps:
+            moved = [batch.to(self._device) for batch in batches]
+            loss += self.model.evaluate([_arguments(batch) for batch in moved])
+            count += self._count_labels(moved)
+        return self._mesh.sum(loss, LOSS_AXES).item() / max(int(count.item()), 1)
 
     def read(self, result: StepResult) -> StepValues:
         """See `Engine`."""
-        loss = sum_over_data(self._mesh, result.loss.double().reshape(1))
-        values = torch.cat((loss, torch.stack((result.grad_norm, result.num_skipped)).double())).tolist()
-        return StepValues(loss=values[0], grad_norm=values[1], num_skipped=int(values[2]))
+        loss = self._mesh.sum(result.loss_sum.clone(), LOSS_AXES)
+        others = result.num_labels, result.grad_norm, result.num_skipped
+        loss_sum, num_labels, grad_norm, num_skipped = torch.stack((loss, *(x.double() for x in others))).tolist()
+        return StepValues(loss=loss_sum / num_labels, grad_norm=grad_norm, num_skipped=int(num_skipped))
 
     @property
     def parts(self) -> dict[str, Stateful]:
         """See `Engine`."""
         return {"model": self.model, "optimizer": self.optimizer}
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch.ids, batch.positions, batch.bounds, batch.longest, batch.labels)
-
     def _count_labels(self, batches: Sequence[Batch]) -> torch.Tensor:
         count = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
-        return sum_over_data(self._mesh, count).clamp(min=1)
+        return self._mesh.sum(count, DATA_AXES)
+
+
+def _arguments(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:
+    return batch.ids, batch.positions, batch.bounds, batch.longest, batch.labels

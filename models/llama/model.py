@@ -49,13 +49,17 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """Token ids to logits, or to a summed loss where labels are given."""
+    """Token ids to logits, or to a summed loss where labels are given.
+
+    A pipeline stage is a Llama that lacks its embedding, its final norm and head, or some layers: it takes hidden states
+    instead of ids, or returns them.
+    """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, kernels) for _ in range(config.num_layers))
+        self.layers = nn.ModuleDict({str(i): Layer(config, kernels) for i in range(config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -70,21 +74,24 @@ class Llama(nn.Module):
         """Run the model on packed sequences.
 
         Args:
-            ids_BT: int64 token ids.
+            ids_BT: int64 token ids, or hidden states [B, T, C] for a stage that is not the first.
             positions_BT: int64 positions inside each document; 0 starts a document.
             bounds: int32 first token of each document in the flattened batch, and B * T.
             longest: tokens of the longest document.
             labels_BT: int64 next tokens, -100 where none is predicted.
 
         Returns:
-            Logits [B, T, V], or with labels the summed negative log-likelihood in nats (float32 scalar).
+            Logits [B, T, V], or with labels the summed negative log-likelihood in nats (float64 scalar); hidden states
+            [B, T, C] from a stage that is not the last.
         """
         config = self.config
         cos_BTD, sin_BTD = rotary_angles(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
         context = Context(positions_BT=positions_BT, bounds=bounds, longest=longest, cos_BTD=cos_BTD, sin_BTD=sin_BTD)
-        x_BTC = self.embedding(ids_BT)
-        for layer in self.layers:
+        x_BTC = ids_BT if ids_BT.is_floating_point() else self.embedding(ids_BT)
+        for layer in self.layers.values():
             x_BTC = layer(x_BTC, context)
+        if self.norm is None:
+            return x_BTC
         x_BTC = self.norm(x_BTC)
         weight_VC = self.embedding.weight if self.head is None else self.head.weight
         if labels_BT is None:
