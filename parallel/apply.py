@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from shardwright.parallel.model import ParallelModel
 from shardwright.parallel.pipeline.execute import Channels, Executor, Microbatch, edges
 from shardwright.parallel.pipeline.schedule import Schedule, check, load_schedule, make_schedule
 from shardwright.parallel.pipeline.stage import cut, split_by_cost
-from shardwright.parallel.plan import ParallelPlan
+from shardwright.parallel.plan import ParallelPlan, TensorStyle
 from shardwright.parallel.products import OVERLAPS, WeightGradients
 from shardwright.parallel.recompute import recompute
 from shardwright.parallel.shard import shard
@@ -35,11 +36,13 @@ class Layout:
         plan: of the model's family.
         schedule: of the pipeline; with one process along it, of its microbatches.
         split: which blocks each stage holds.
+        styles: module name -> how it is split over the tensor axis; empty with one process along it.
     """
 
     plan: ParallelPlan
     schedule: Schedule
     split: list[range]
+    styles: dict[str, TensorStyle]
 
 
 def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfig) -> Layout:
@@ -49,13 +52,13 @@ def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfi
         PlanError, ScheduleError: the model cannot be laid out so.
     """
     names = plan.match_blocks(name for name, _ in model.named_modules())
-    if mesh.degrees["tensor"] > 1:
-        resolve(plan, model)
+    tensor = mesh.degrees["tensor"]
+    styles = resolve(plan, model, tensor) if tensor > 1 else {}
     schedule = _schedule(mesh, config)
     split = [range(len(names))]
     if schedule.num_stages > 1:
         split = split_by_cost(model, plan, schedule.num_stages, config.train.sequence_length)
-    return Layout(plan=plan, schedule=schedule, split=split)
+    return Layout(plan=plan, schedule=schedule, split=split, styles=styles)
 
 
 def apply(
@@ -76,24 +79,28 @@ def apply(
     stages = {0: model}
     if schedule.num_stages > 1:
         stages = {stage: cut(model, plan, layout.split, stage) for stage in schedule.stages_of(rank)}
-    tensor = None
-    if mesh.degrees["tensor"] > 1:
+    blocks = {stage: _blocks(module, plan) for stage, module in stages.items()}
+    if mesh.degrees["context"] > 1:
+        _install_context(stages.values(), mesh, config)
+    if layout.styles:
         overlap = OVERLAPS[parallel.tensor_overlap](mesh.get_group("tensor"))
-        tensor = TensorParallel(plan, model, mesh.get("tensor"), overlap, gradients)
+        tensor = TensorParallel(layout.styles, mesh.get("tensor"), overlap, gradients)
+        for module in stages.values():
+            tensor.install(module)
+    elif schedule.splits_backward:
+        split_backward([block for several in blocks.values() for block in several], gradients)
+    live = live_at_peak(schedule, rank)
+    recompute(
+        [block for several in blocks.values() for block in several],
+        config.recompute,
+        [live[stage] for stage, several in blocks.items() for _ in several],
+    )
     free_weights = parallel.zero == 3 or (parallel.zero == "auto" and schedule.num_ranks == 1)
-    for stage in stages.values():
-        blocks = _blocks(stage, plan)
-        if mesh.degrees["context"] > 1:
-            _install_context(stage, mesh, config)
-        if tensor is not None:
-            tensor.install(stage)
-        elif schedule.splits_backward:
-            split_backward(blocks, gradients)
-        recompute(blocks, config.recompute, [1] * len(blocks))
+    for stage, module in stages.items():
         if mesh.data_degree * mesh.degrees["context"] > 1 or compute_dtype != torch.float32:
-            shard(stage, blocks, mesh, compute_dtype, free_after_forward=free_weights)
-        stage.to_empty(device=device)
-        fill_initial_values(stage, plan, config.train.seed)
+            shard(module, blocks[stage], mesh, compute_dtype, free_after_forward=free_weights)
+        module.to_empty(device=device)
+        fill_initial_values(module, plan, config.train.seed)
     channels = Channels(mesh.get_group("pipeline"), device, edges(schedule)) if schedule.num_ranks > 1 else None
     executor = Executor(
         schedule,
@@ -113,6 +120,16 @@ def apply(
 def num_microbatches(config: TrainConfig, data_degree: int) -> int:
     """Return the microbatches of a step on each process; the last one may be smaller."""
     return math.ceil(config.train.global_batch_sequences // data_degree / config.train.microbatch_sequences)
+
+
+def live_at_peak(schedule: Schedule, rank: int) -> dict[int, int]:
+    """Return stage -> microbatches between forward and backward, at the moment when the rank has most of them."""
+    live = dict.fromkeys(schedule.stages_of(rank), 0)
+    peak = live
+    for action in schedule.actions[rank]:
+        live = {**live, action.stage: live[action.stage] + {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]}
+        peak = max(peak, live, key=lambda counts: sum(counts.values()))
+    return peak
 
 
 def _schedule(mesh: Mesh, config: TrainConfig) -> Schedule:
@@ -138,15 +155,17 @@ def _blocks(stage: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
     return [modules[name] for name in plan.match_blocks(modules)]
 
 
-def _install_context(stage: nn.Module, mesh: Mesh, config: TrainConfig) -> None:
-    for module in stage.modules():
-        kernels = getattr(module, "kernels", None)
-        if isinstance(kernels, Kernels):
+def _install_context(stages: Iterable[nn.Module], mesh: Mesh, config: TrainConfig) -> None:
+    for module in (module for stage in stages for module in stage.modules()):
+        if isinstance(kernels := getattr(module, "kernels", None), Kernels):
             attention = context_attention(kernels.attention, config.parallel.context_mode, mesh.get_group("context"))
-            module.kernels = replace(kernels, attention=attention)
+            replaced: Any = replace(kernels, attention=attention)
+            module.kernels = replaced
 
 
-def _hidden_states(plan: ParallelPlan, mesh: Mesh, device: torch.device, dtype: torch.dtype):
+def _hidden_states(
+    plan: ParallelPlan, mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> Callable[[Microbatch], torch.Tensor]:
     """Return what makes an empty tensor for the hidden states of a microbatch [B, t, C] on this process."""
 
     def empty(microbatch: Microbatch) -> torch.Tensor:

@@ -124,3 +124,10 @@ class Mesh:
         """Show the axes that are in use."""
         used = " x ".join(f"{axis}={degree}" for axis, degree in self.degrees.items() if degree > 1)
         return f"{self.num_processes} process{'es' if self.num_processes > 1 else ''} ({used or 'no parallelism'})"
+
+
+def make_group(ranks: list[int], description: str) -> dist.ProcessGroup:
+    """Make a process group of global ranks (collective among these alone)."""
+    group = dist.new_group(ranks, use_local_synchronization=True, group_desc=description)
+    assert isinstance(group, dist.ProcessGroup)
+    return group

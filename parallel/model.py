@@ -11,7 +11,7 @@ from torch import nn
 
 from shardwright.parallel.context import Mode, take_local
 from shardwright.parallel.gradients import global_norm, local, sum_over_tensor
-from shardwright.parallel.mesh import Mesh
+from shardwright.parallel.mesh import Mesh, make_group
 from shardwright.parallel.pipeline.execute import Executor, Microbatch
 from shardwright.parallel.shard import free_weights
 
@@ -39,7 +39,8 @@ class ParallelModel:
         ends: tuple[int, int],
     ) -> None:
         self.stages, self.executor = stages, executor
-        self._mesh, self._context_mode = mesh, context_mode
+        self._mesh = mesh
+        self._context_mode: Mode = context_mode
         here = mesh.coordinate("pipeline")
         same_rank = ends[0] == ends[1]
         self._copies: dict[str, nn.Parameter] = {}
@@ -129,4 +130,4 @@ class ParallelModel:
 
 def _group_along_pipeline(mesh: Mesh, ends: tuple[int, int]) -> dist.ProcessGroup:
     ranks = dist.get_process_group_ranks(mesh.get_group("pipeline"))
-    return dist.new_group([ranks[end] for end in ends], use_local_synchronization=True, group_desc="tied")
+    return make_group([ranks[end] for end in ends], "tied")

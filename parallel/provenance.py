@@ -117,8 +117,8 @@ class Record(Protocol):
         """Run the op and return its outputs."""
         ...
 
-    def pack(self, tensor: torch.Tensor) -> Kept | Remade:
-        """Return what to save in the place of `tensor`."""
+    def pack(self, tensor: torch.Tensor) -> Kept | Remade | None:
+        """Return what to save in the place of `tensor`; None if there will be no backward."""
         ...
 
 
@@ -183,10 +183,15 @@ class RecomputedBlock:
         """Run the block's own forward while `record` hears of the calls of `ops` and of all that autograd saves."""
         self.record = record
         try:
-            with saved_tensors_hooks(record.pack, _restore):
+            with saved_tensors_hooks(self._pack, _restore):
                 return self.forward(*args, **kwargs)
         finally:
             self.record = None
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        """Ask the record. The graph holds its hooks: a method of the record would hold recipes that nobody uses."""
+        assert self.record is not None
+        return self.record.pack(tensor)
 
     def remember(self, function: Op, *names: str) -> Op:
         """Return `function` with outputs that carry their recipe while any of `names` is among the block's ops.

@@ -43,7 +43,7 @@ def recompute(blocks: Sequence[nn.Module], config: RecomputeConfig, live: Sequen
         live: for a budget, how many microbatches of each block are between forward and backward at once; None: one.
 
     Raises:
-        PlanError: `selective.ops` names what no block has.
+        PlanError: `selective.ops` names what no block has; in the first forward: a budget that cannot be kept.
     """
     if isinstance(config, FullRecomputeConfig):
         for block in blocks:

@@ -1,7 +1,7 @@
 """What a block may keep for backward at what price, and the choice of it for all blocks under a budget of bytes.
 
-One forward of a block that keeps everything shows all there is to know: which storages stay in use, which op made which
-from what (`Ledger`), and the work of each op (`Meter`). What any choice of ops would keep and cost follows from it
+One forward of a block shows all there is to know: which storages stay in use, which op made which from what (`Ledger`),
+and the work of each op (`Meter`). What any choice of ops would keep and cost follows from it
 without a further run, and without a clock, so that all processes that run a block alike choose alike.
 """
 
@@ -50,16 +50,17 @@ class Choice:
 
     def __str__(self) -> str:
         if self.ops is None:
-            return "keep their input only"
+            return "keep inputs only"
         return f"drop {', '.join(sorted(self.ops))}" if self.ops else "keep everything"
 
 
 def choose(options: Sequence[Sequence[Choice]], budget_bytes: float) -> list[Choice]:
     """Choose one option per block, so that the saved bytes fit and the price is low.
 
-    Steps along each block's lower convex hull are taken in the order of price per byte until all fits, then each block
-    gets back what the room left over allows. The price is above the least possible one by less than that of the last
-    step: the linear relaxation of this knapsack takes the same steps and only a part of the last one.
+    Greedy, for an exact knapsack would have to count bytes: steps along each block's lower convex hull are taken in the
+    order of price per byte until all fits, then each block gets back what the room left over allows. The price is above
+    the least possible one by no more than that of the last step: the linear relaxation takes the same steps, and of the
+    last one a part.
 
     Args:
         options: those of each block.
@@ -169,13 +170,17 @@ class Step:
 
 
 class Ledger:
-    """The record of a forward that keeps everything, from which follows what any choice of ops keeps."""
+    """The record of a forward that is not for backward, from which follows what any choice of ops keeps.
+
+    It drops what any op can make again, so that what is in use afterwards is so whatever the choice.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
         self.makers: dict[int, Step] = {}
-        self.kept: set[int] = set()  # whatever the choice
-        self.saved: set[int] = set()  # unless their maker runs again
+        self.saved: set[int] = set()
+        self.kept: set[int] = set()
+        self.outputs: set[int] = set()
 
     def call(self, names: tuple[str, ...], function: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the op and enter it."""
@@ -187,14 +192,16 @@ class Ledger:
         self.makers.update(dict.fromkeys(made, step))
         return outputs
 
-    def pack(self, tensor: torch.Tensor) -> Kept:
-        """Keep the tensor and enter its storage."""
-        (self.saved if is_plain(tensor) and address(tensor) in self.makers else self.kept).add(address(tensor))
-        return Kept(tensor)
+    def pack(self, tensor: torch.Tensor) -> Kept | None:
+        """Drop the tensor and enter its storage if an op has made it, else keep it."""
+        if not is_plain(tensor) or address(tensor) not in self.makers:
+            return Kept(tensor)
+        self.saved.add(address(tensor))
+        return None
 
     def close(self, outputs: Any) -> None:
-        """Enter what is in use after the forward though autograd did not save it, and leave the outputs out."""
-        self.kept |= self.meter.saved(outputs) - self.saved
+        """Enter what is in use after the forward. The outputs count where they are inputs."""
+        self.kept = self.meter.saved(outputs)
         self.outputs = {address(x) for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)}
 
     def choice(self, ops: frozenset[str]) -> Choice:
@@ -235,7 +242,7 @@ class Ledger:
 
 
 def _probe(block: RecomputedBlock, x: torch.Tensor, *args: Any, **kwargs: Any) -> list[Choice]:
-    """Run the block once, keeping everything, and return its choices. A copy of `x` counts if the block saves it."""
+    """Run the block once and return its choices. A copy of `x` counts if the block saves it."""
     before, block.ops = block.ops, block.names
     with Meter() as meter:
         ledger = Ledger(meter)
@@ -278,7 +285,8 @@ class Budget:
             block.ops = choice.ops
         plan = ", ".join(f"{count} {choice}" for choice, count in Counter(map(str, chosen)).items())
         saved = sum(choice.saved_bytes for choice in chosen) / GIB
-        logger.info("recompute: blocks: %s; saved activations %.3g of %.3g GiB", plan, saved, self.gib)
+        count = len(chosen)
+        logger.info("recompute of %d blocks: %s; saved activations %.3g of %.3g GiB", count, plan, saved, self.gib)
 
 
 def _structure(block: nn.Module) -> Any:

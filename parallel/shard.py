@@ -7,6 +7,7 @@ block's weights are fetched while one computes, and gradients are reduced once p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def shard(
     for module in sharded:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for earlier, later in zip(sharded[:-2], sharded[1:-1], strict=True):
+    for earlier, later in itertools.pairwise(sharded[:-1]):
         earlier.set_modules_to_forward_prefetch([later])
         later.set_modules_to_backward_prefetch([earlier])
 

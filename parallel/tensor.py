@@ -7,8 +7,8 @@ Weights become DTensors over the tensor axis; computation runs on their local pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,18 +50,14 @@ class SharedProducts:
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
-    def forward_of(self, index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the forward of one of the linears."""
-
-        def forward(x_BtC: torch.Tensor) -> torch.Tensor:
-            if self._input is not x_BtC or index not in self._outputs:
-                self._input, self._outputs = x_BtC, dict(enumerate(self.products(x_BtC)))
-            output = self._outputs.pop(index)
-            if not self._outputs:
-                self._input = None
-            return output
-
-        return forward
+    def take(self, index: int, x_BtC: torch.Tensor) -> torch.Tensor:
+        """Return one of the outputs for an input."""
+        if self._input is not x_BtC or index not in self._outputs:
+            self._input, self._outputs = x_BtC, dict(enumerate(self.products(x_BtC)))
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return output
 
     def _products(self, x_BtC: torch.Tensor) -> tuple[torch.Tensor, ...]:
         weights = [local(linear.weight) for linear in self.linears]
@@ -72,33 +68,39 @@ class SharedProducts:
         )
 
 
+class SharedForward:
+    """The forward of one of several linears that share their products."""
+
+    def __init__(self, shared: SharedProducts, index: int) -> None:
+        self.shared, self.index = shared, index
+
+    def __call__(self, x_BtC: torch.Tensor) -> torch.Tensor:
+        """Return this linear's output."""
+        return self.shared.take(self.index, x_BtC)
+
+
 def split_backward(blocks: list[nn.Module], gradients: WeightGradients) -> None:
     """Let the linear maps of blocks on one tensor process leave their weights' gradients to `gradients`."""
     for block in blocks:
         for module in block.modules():
             if isinstance(module, nn.Linear):
-                module.forward = SharedProducts([module], Unsplit(None), gradients).forward_of(0)
+                _set_forward(module, SharedForward(SharedProducts([module], Unsplit(None), gradients), 0))
 
 
 class TensorParallel:
     """Interprets the tensor part of a plan.
 
     Args:
-        plan: of the model's family.
-        model: the whole plain model, for the patterns' matches; it is not changed.
+        styles: module name -> style, from `resolve`.
         mesh: the live tensor axis.
         overlap: over the same group.
         gradients: where the weights' gradients go.
-
-    Raises:
-        PlanError: the family has no tensor plan, a pattern matches nothing, or a parameter is covered by none.
     """
 
     def __init__(
-        self, plan: ParallelPlan, model: nn.Module, mesh: DeviceMesh, overlap: Overlap, gradients: WeightGradients
+        self, styles: Mapping[str, TensorStyle], mesh: DeviceMesh, overlap: Overlap, gradients: WeightGradients
     ) -> None:
-        self._mesh, self._overlap, self._gradients = mesh, overlap, gradients
-        self._styles = resolve(plan, model)
+        self._styles, self._mesh, self._overlap, self._gradients = styles, mesh, overlap, gradients
         self._copies: dict[int, DeviceMesh] = {}
 
     def install(self, stage: nn.Module) -> None:
@@ -106,33 +108,28 @@ class TensorParallel:
         modules = dict(stage.named_modules())
         for name, style in self._styles.items():
             if name in modules:
-                self._install(modules, name, style)
+                for part in split(modules, name, style, self._mesh.size()):
+                    self._distribute(part)
+                self._replace_forward(modules, name, style)
         for module in modules.values():
-            if isinstance(getattr(module, "kernels", None), Kernels):
-                module.kernels = replace(module.kernels, linear_cross_entropy=self._linear_cross_entropy)
+            if isinstance(kernels := getattr(module, "kernels", None), Kernels):
+                replaced: Any = replace(kernels, linear_cross_entropy=self._linear_cross_entropy)
+                module.kernels = replaced
 
-    def _install(self, modules: dict[str, nn.Module], name: str, style: TensorStyle) -> None:
+    def _replace_forward(self, modules: dict[str, nn.Module], name: str, style: TensorStyle) -> None:
         module = modules[name]
         match style:
             case Columns():
                 linears = [_linear(modules, f"{name}.{inner}") for inner in style.linears]
                 shared = SharedProducts(linears, self._overlap, self._gradients)
-                for index, (inner, linear) in enumerate(zip(style.linears, linears, strict=True)):
-                    heads = style.heads.get(inner, self._mesh.size())
-                    self._distribute(f"{name}.{inner}", linear, weight=Shard(0), bias=Shard(0), heads=heads)
-                    linear.forward = shared.forward_of(index)
+                for index, linear in enumerate(linears):
+                    _set_forward(linear, SharedForward(shared, index))
             case Row():
-                linear = _linear(modules, name)
-                self._distribute(name, linear, weight=Shard(1), bias=Replicate())
-                linear.forward = self._row_forward(linear)
+                _set_forward(module, self._row_forward(_linear(modules, name)))
             case VocabularyEmbedding():
-                self._distribute(name, module, weight=Shard(0))
-                module.forward = lambda ids_BT: embed(ids_BT, local(module.weight), self._overlap)  # pyright: ignore
-            case VocabularyHead():
-                self._distribute(name, module, weight=Shard(0))
+                _set_forward(module, lambda ids_BT: embed(ids_BT, _weight(module), self._overlap))
             case SequenceSharded():
-                self._distribute(name, module, **{key: Replicate() for key, _ in module.named_parameters()})
-                module.forward = _with_local_parameters(module)
+                _set_forward(module, _with_local_parameters(module))
 
     def _row_forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x_BTD: torch.Tensor) -> torch.Tensor:
@@ -147,55 +144,89 @@ class TensorParallel:
         logits_BTv = GatherProducts.apply(self._overlap, now, (), hidden_BtC, local(weight_VC))[0]  # pyright: ignore
         return VocabularyCrossEntropy.apply(logits_BTv.flatten(0, 1), labels_BT.flatten(), self._overlap)
 
-    def _distribute(self, name: str, module: nn.Module, *, heads: int | None = None, **placements: Placement) -> None:
-        """Replace parameters by DTensors whose local part has this process's share of the size."""
-        size = self._mesh.size()
-        mesh, copies = self._mesh, 1
-        if heads is not None and heads < size:
-            mesh, copies = self._mesh_of_heads(heads), size // heads
-        for key, placement in placements.items():
-            owner, _, leaf = key.rpartition(".")
-            inner = module.get_submodule(owner)
-            parameter = getattr(inner, leaf)
-            if parameter is None:
-                continue
-            shape = list(parameter.shape)
-            if isinstance(placement, Shard):
-                parts = size // copies
-                if shape[placement.dim] % parts:
-                    raise PlanError(
-                        f"parallel.tensor={size}: {name}.{key} has {shape[placement.dim]} features to split in {parts}; "
-                        "the degree must divide them; choose another degree, or pad the model's size"
-                    )
-                shape[placement.dim] //= parts
-            distributed = DTensor.from_local(
-                torch.empty(shape, dtype=parameter.dtype, device=parameter.device),
-                mesh,
-                (placement, Replicate())[: mesh.ndim],
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            setattr(inner, leaf, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
+    def _distribute(self, part: SplitParameter) -> None:
+        """Replace a parameter by a DTensor whose local part has this process's share of the size."""
+        mesh = self._mesh if part.copies == 1 else self._mesh_of_copies(part.copies)
+        parameter = getattr(part.owner, part.key)
+        distributed = DTensor.from_local(
+            torch.empty(part.local_shape, dtype=parameter.dtype, device=parameter.device),
+            mesh,
+            (part.placement, Replicate())[: mesh.ndim],
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        setattr(part.owner, part.key, nn.Parameter(distributed, requires_grad=parameter.requires_grad))
 
-    def _mesh_of_heads(self, heads: int) -> DeviceMesh:
+    def _mesh_of_copies(self, copies: int) -> DeviceMesh:
         """Return the tensor axis as (heads, copies of each)."""
-        if heads not in self._copies:
-            sizes = (heads, self._mesh.size() // heads)
-            self._copies[heads] = self._mesh._unflatten(0, sizes, (HEADS, COPIES))
-        return self._copies[heads]
+        if copies not in self._copies:
+            self._copies[copies] = self._mesh._unflatten(0, (self._mesh.size() // copies, copies), (HEADS, COPIES))
+        return self._copies[copies]
 
 
-def resolve(plan: ParallelPlan, model: nn.Module) -> dict[str, TensorStyle]:
-    """Return module name -> style for a whole model.
+@dataclass(frozen=True)
+class SplitParameter:
+    """A parameter and its part on one tensor process; each part is held by `copies` processes."""
+
+    owner: nn.Module
+    key: str
+    placement: Placement
+    local_shape: tuple[int, ...]
+    copies: int = 1
+
+
+def split(modules: dict[str, nn.Module], name: str, style: TensorStyle, size: int) -> Iterator[SplitParameter]:
+    """Yield how the parameters of a module are split over `size` tensor processes.
 
     Raises:
-        PlanError: see `TensorParallel`.
+        PlanError: a dim cannot be split evenly, or a module is of a kind that the style cannot treat.
+    """
+    match style:
+        case Columns():
+            for inner in style.linears:
+                copies = max(1, size // style.heads.get(inner, size))
+                for key, _ in _linear(modules, f"{name}.{inner}").named_parameters():
+                    yield _part(modules, f"{name}.{inner}.{key}", Shard(0), size, copies)
+        case Row():
+            _linear(modules, name)
+            yield _part(modules, f"{name}.weight", Shard(1), size)
+            if modules[name].bias is not None:
+                yield _part(modules, f"{name}.bias", Replicate(), size)
+        case VocabularyEmbedding() | VocabularyHead():
+            yield _part(modules, f"{name}.weight", Shard(0), size)
+        case SequenceSharded():
+            for key, _ in modules[name].named_parameters():
+                yield _part(modules, f"{name}.{key}", Replicate(), size)
+
+
+def _part(modules: dict[str, nn.Module], name: str, placement: Placement, size: int, copies: int = 1) -> SplitParameter:
+    module, _, key = name.rpartition(".")
+    shape = list(getattr(modules[module], key).shape)
+    if isinstance(placement, Shard):
+        parts = size // copies
+        if shape[placement.dim] % parts:
+            raise PlanError(
+                f"parallel.tensor={size} cannot split {name} of shape {shape} along dim {placement.dim} into {parts} "
+                f"equal parts; the degree must divide {shape[placement.dim]}; choose another, or pad the model's size"
+            )
+        shape[placement.dim] //= parts
+    return SplitParameter(modules[module], key, placement, tuple(shape), copies)
+
+
+def resolve(plan: ParallelPlan, model: nn.Module, size: int) -> dict[str, TensorStyle]:
+    """Return module name -> style for a whole model that is to be split over `size` processes (local).
+
+    Raises:
+        PlanError: the family has no tensor plan, a pattern matches nothing, a parameter is covered by none, or one
+            cannot be split.
     """
     if plan.tensor is None:
         raise PlanError("parallel.tensor: this model family has no tensor plan; add one, or set parallel.tensor=1")
-    names = [name for name, _ in model.named_modules()]
-    styles = {name: style for pattern, style in plan.tensor.items() for name in match(pattern, names, "tensor")}
+    modules = dict(model.named_modules())
+    styles = {name: style for pattern, style in plan.tensor.items() for name in match(pattern, modules, "tensor")}
+    for name, style in styles.items():
+        list(split(modules, name, style, size))
     covered = {prefix for name, style in styles.items() for prefix in _covered(name, style)}
     for parameter, _ in model.named_parameters():
         owner = parameter.rpartition(".")[0]
@@ -209,6 +240,15 @@ def resolve(plan: ParallelPlan, model: nn.Module) -> dict[str, TensorStyle]:
 
 def _covered(name: str, style: TensorStyle) -> Iterator[str]:
     yield from (f"{name}.{inner}" for inner in style.linears) if isinstance(style, Columns) else (name,)
+
+
+def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    assert isinstance(module.weight, torch.Tensor)
+    return local(module.weight)
 
 
 def _linear(modules: dict[str, nn.Module], name: str) -> nn.Linear:

@@ -121,9 +121,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         world.start()
         mesh = ready.mesh.start(world.device.type)
         num_parameters = sum(p.numel() for p in ready.model.parameters())
-        model = apply(
-            ready.model, ready.layout, mesh, config, device=world.device, compute_dtype=ready.compute_dtype
-        )
+        model = apply(ready.model, ready.layout, mesh, config, device=world.device, compute_dtype=ready.compute_dtype)
         optimizer = make_optimizer(config.optim, model)
         engine = NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)

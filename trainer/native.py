@@ -54,9 +54,7 @@ class NativeEngine(Engine):
         num_labels = self._count_labels(batches).clamp(min=1)
         loss_sum = self.model.forward_backward([_arguments(b) for b in batches], num_labels.double().reciprocal())
         norm = self.model.gradient_norm()
-        return StepResult(
-            loss_sum=loss_sum, num_labels=num_labels, grad_norm=norm, num_skipped=self._num_skipped
-        )
+        return StepResult(loss_sum=loss_sum, num_labels=num_labels, grad_norm=norm, num_skipped=self._num_skipped)
 
     @torch.no_grad()
     def evaluate(self, steps: Sequence[Sequence[Batch]]) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,6 +14,14 @@ from shardwright.conf.schema import AdamWConfig, LambConfig
 from shardwright.parallel.gradients import local, sharded_over, square_norms
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Parameterised(Protocol):
+    """A module, or several under one name each."""
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Return all parameters with their names in the plain model."""
+        ...
 
 
 class Optimizer(abc.ABC):
@@ -28,7 +37,7 @@ class Optimizer(abc.ABC):
         kernel_decay: weight decay that the kernel itself applies, to all but norms and biases.
     """
 
-    def __init__(self, config: AdamWConfig | LambConfig, model: nn.Module, *, kernel_decay: float) -> None:
+    def __init__(self, config: AdamWConfig | LambConfig, model: Parameterised, *, kernel_decay: float) -> None:
         self._parameters = dict(model.named_parameters())
         self._locals = {name: nn.Parameter(local(p.detach())) for name, p in self._parameters.items()}
         decayed = [p for name, p in self._locals.items() if self._parameters[name].ndim > 1]
@@ -94,7 +103,7 @@ class AdamW(Optimizer):
         model: its parameters are updated in place.
     """
 
-    def __init__(self, config: AdamWConfig, model: nn.Module) -> None:
+    def __init__(self, config: AdamWConfig, model: Parameterised) -> None:
         super().__init__(config, model, kernel_decay=config.weight_decay)
 
     def _update(self, lr: float, skip: torch.Tensor) -> None:
@@ -113,7 +122,7 @@ class Lamb(Optimizer):
         model: its parameters are updated in place.
     """
 
-    def __init__(self, config: LambConfig, model: nn.Module) -> None:
+    def __init__(self, config: LambConfig, model: Parameterised) -> None:
         super().__init__(config, model, kernel_decay=0.0)
         self._weight_decay = config.weight_decay
 
@@ -139,7 +148,7 @@ class Lamb(Optimizer):
         torch._foreach_add_(list(weights.values()), list(updates.values()))
 
 
-def make_optimizer(config: AdamWConfig | LambConfig, model: nn.Module) -> Optimizer:
+def make_optimizer(config: AdamWConfig | LambConfig, model: Parameterised) -> Optimizer:
     """Return the optimizer that the config names, over the parameters of `model`."""
     return Lamb(config, model) if isinstance(config, LambConfig) else AdamW(config, model)
 

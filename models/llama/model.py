@@ -51,8 +51,8 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Token ids to logits, or to a summed loss where labels are given.
 
-    A pipeline stage is a Llama that lacks its embedding, its final norm and head, or some layers: it takes hidden states
-    instead of ids, or returns them.
+    A pipeline stage is a Llama that lacks its embedding, its final norm and head, or some layers: it takes hidden
+    states instead of ids, or returns them.
     """
 
     def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 
+from shardwright.parallel.mesh import make_group
 from shardwright.parallel.pipeline.schedule import Action, Schedule
 from shardwright.parallel.products import WeightGradients
 from shardwright.parallel.shard import accumulate_gradients, expect_backward, reduce_gradients
@@ -37,7 +38,7 @@ class Channels:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, edges: Sequence[tuple[int, int, str]]) -> None:
         ranks = dist.get_process_group_ranks(group)
         self._groups = {
-            (kind, up): dist.new_group(ranks, use_local_synchronization=True, group_desc=f"pipeline_{kind}_{up}")
+            (kind, up): make_group(ranks, f"pipeline {kind} {'up' if up else 'down'}")
             for kind in (ACTIVATION, GRADIENT)
             for up in (False, True)
         }

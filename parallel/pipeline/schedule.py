@@ -205,9 +205,11 @@ def check(schedule: Schedule, max_live: Sequence[int] | None = None) -> None:
     _check_complete(schedule)
     execution_order(schedule)
     _check_channels(schedule)
-    for rank, limit in enumerate(max_live or ()):
+    if max_live is None:
+        return
+    for rank, (actions, limit) in enumerate(zip(schedule.actions, max_live, strict=True)):
         live = 0
-        for action in schedule.actions[rank]:
+        for action in actions:
             live += _live_change(action)
             if live > limit:
                 raise ScheduleError(
@@ -304,22 +306,22 @@ def _check_stages(schedule: Schedule) -> None:
 
 
 def _check_complete(schedule: Schedule) -> None:
-    seen: Counter[Action] = Counter()
+    num_stages = schedule.num_stages
     kinds: defaultdict[tuple[int, int], set[str]] = defaultdict(set)
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            if action.stage >= schedule.num_stages or action.microbatch >= schedule.num_microbatches:
+            if action.stage >= num_stages or action.microbatch >= schedule.num_microbatches:
                 raise ScheduleError(
-                    f"rank {rank} runs {action}, but there are {schedule.num_stages} stages and "
+                    f"rank {rank} runs {action}, but there are {num_stages} stages and "
                     f"{schedule.num_microbatches} microbatches, counted from 0; drop it"
                 )
             holder = schedule.ranks[action.stage]
             if holder != rank:
                 raise ScheduleError(f"rank {rank} runs {action}, but rank {holder} holds the stage; move it there")
-            seen[action] += 1
-            if seen[action] > 1:
+            known = kinds[action.stage, action.microbatch]
+            if action.kind in known:
                 raise ScheduleError(f"rank {rank} runs {action} twice; an action runs once: drop one")
-            kinds[action.stage, action.microbatch].add(action.kind)
+            known.add(action.kind)
     for stage, rank in enumerate(schedule.ranks):
         for microbatch in range(schedule.num_microbatches):
             _check_kinds(rank, stage, microbatch, kinds[stage, microbatch])

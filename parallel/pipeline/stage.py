@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -40,7 +41,7 @@ def partition(blocks: Sequence[float], num_stages: int, *, first: float = 0.0, l
             for end in range(stage + 1, num_blocks + 1)
         }
     cuts = best[num_blocks][1]
-    return [range(start, end) for start, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [range(start, end) for start, end in itertools.pairwise(cuts)]
 
 
 def split_by_cost(model: nn.Module, plan: ParallelPlan, num_stages: int, sequence_length: int) -> list[range]:

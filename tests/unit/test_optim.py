@@ -50,7 +50,9 @@ def by_hand(w, gradient, m, v, *, step, lr, decay, is_matrix):
 def test_lamb_is_lamb(decay):
     model, optimizer = make("optim.beta2=0.95", f"optim.weight_decay={decay}")
     assert isinstance(optimizer, Lamb)
-    state = {n: [p.double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()] for n, p in values(model).items()}
+    state = {
+        n: [p.double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()] for n, p in values(model).items()
+    }
     for step in range(1, 9):
         scale, lr = torch.tensor(0.5 + step), 0.01 * step
         for name, p in model.named_parameters():

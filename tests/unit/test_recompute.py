@@ -6,6 +6,7 @@ import logging
 import random
 import re
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,12 +27,12 @@ from shardwright.models.blocks import Context, rotary_angles
 from shardwright.models.llama.model import Layer
 from shardwright.parallel.plan import PlanError
 from shardwright.parallel.products import Unsplit, WeightGradients
-from shardwright.parallel.provenance import RecomputedBlock
+from shardwright.parallel.provenance import Recipe, RecomputedBlock
 from shardwright.parallel.recompute import recompute
-from shardwright.parallel.recompute_budget import GIB, Choice, choose, measure_saved_bytes
-from shardwright.parallel.tensor import SharedProducts
+from shardwright.parallel.recompute_budget import GIB, Choice, _hull, choose, measure_saved_bytes
+from shardwright.parallel.tensor import SharedForward, SharedProducts
 
-B, T, C, I, H, K, D = 2, 24, 32, 80, 4, 2, 8  # as in models/blocks.py; I: intermediate size
+B, T, C, M, H, K, D = 2, 24, 32, 80, 4, 2, 8  # as in models/blocks.py; M: intermediate size
 TOKENS = B * T
 NONE, FULL = NoRecomputeConfig(kind="none"), FullRecomputeConfig(kind="full")
 SDPA = Kernels(attention=attention.sdpa, rms_norm=rms_norm.native)
@@ -49,7 +50,7 @@ def budget(num_bytes):
 
 def make_layers(count=2, *, kernels=None, dtype=torch.float32, **options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": C, "intermediate_size": I, "num_heads": H, "num_kv_heads": K, "head_dim": D}
+    sizes = {"hidden_size": C, "intermediate_size": M, "num_heads": H, "num_kv_heads": K, "head_dim": D}
     config = SimpleNamespace(**sizes | {"norm_eps": 1e-5, "sliding_window": None, "parallel_block": False} | options)
     layers = nn.ModuleList(Layer(config, kernels or Kernels()) for _ in range(count))
     for p in layers.parameters():
@@ -92,15 +93,57 @@ def assert_same(ours, theirs):
     assert all(bool(a.abs().sum() > 0) for a in theirs)
 
 
-@pytest.mark.parametrize("config", [FULL, *(selective(*ops) for ops in SETS), budget(150_000)], ids=str)
+def fused(reference):
+    """A kernel as fused ones are: it saves what it takes, and nothing of what it computes on the way."""
+
+    class Fused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, call, *tensors):
+            ctx.call = call
+            ctx.save_for_backward(*tensors)
+            return call(*tensors)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            tensors = [x.detach().requires_grad_(x.is_floating_point()) for x in ctx.saved_tensors]
+            with torch.enable_grad():
+                out = ctx.call(*tensors)
+            wanted = [x for x in tensors if x.requires_grad]
+            found = iter(torch.autograd.grad(out, wanted, gradient))
+            return None, *(next(found) if x.requires_grad else None for x in tensors)
+
+    def function(*args, **kwargs):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        rest = args[len(tensors) :]
+        return Fused.apply(lambda *xs: reference(*xs, *rest, **kwargs), *tensors)
+
+    return function
+
+
+PLAIN = Kernels()
+# The reference of rope saves nothing of its input as it is.
+FUSED = Kernels(
+    attention=fused(PLAIN.attention), rms_norm=fused(PLAIN.rms_norm), rope=PLAIN.rope, swiglu=fused(PLAIN.swiglu)
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Collecting garbage takes long only because of all that was imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.parametrize("config", [FULL, *(selective(*ops) for ops in SETS)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernels", [Kernels(), SDPA], ids=["reference", "torch"])
+@pytest.mark.parametrize("kernels", [PLAIN, SDPA, FUSED], ids=["reference", "torch", "fused"])
 def test_gradients_are_the_same_bit_for_bit(config, dtype, kernels):
-    for options in ({}, {"parallel_block": True}, {"sliding_window": 5}, {"num_kv_heads": H}):
-        make = lambda: make_layers(kernels=kernels, dtype=dtype, **options)  # noqa: B023, E731
-        layers = make()
+    for options in ({}, {"parallel_block": True, "sliding_window": 5, "num_kv_heads": H}):
+        layers, plain = (make_layers(kernels=kernels, dtype=dtype, **options) for _ in range(2))
         recompute(layers, config)
-        assert_same(gradients(layers, make_input(dtype)), gradients(make(), make_input(dtype)))
+        assert_same(gradients(layers, make_input(dtype)), gradients(plain, make_input(dtype)))
 
 
 def count_calls(layers):
@@ -119,13 +162,14 @@ def count_calls(layers):
             if not [*module.children()]:
                 module.forward = counted(name.rpartition(".")[2], module.forward)
         for part in (layer.attention, layer.feed_forward):
-            part.kernels = Kernels(rope=counted("rope", Kernels().rope), swiglu=counted("swiglu", Kernels().swiglu))
+            rope, swiglu = counted("rope", FUSED.rope), counted("swiglu", FUSED.swiglu)
+            part.kernels = replace(FUSED, rope=rope, swiglu=swiglu)
     return calls
 
 
 @pytest.mark.parametrize("ops", SETS, ids=str)
 def test_each_op_runs_again_once_or_not_at_all(ops):
-    layers = make_layers(3, kernels=SDPA)
+    layers = make_layers(3, kernels=FUSED)
     calls = count_calls(layers)
     recompute(layers, selective(*ops))
     once = {"attention_norm": 3, "feed_forward_norm": 3, "rope": 6, "swiglu": 3}
@@ -141,52 +185,348 @@ def test_each_op_runs_again_once_or_not_at_all(ops):
     assert calls == {name: count * (2 if name in again else 1) for name, count in once.items()}
 
 
-def allocated(function):
-    """Run `function`; return its result and what the allocator has handed out and not got back (bytes)."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-        result = function()
-        gc.collect()
-    events = measured.profiler.kineto_results.events()
-    return result, sum(event.nbytes() for event in events if event.name() == "[memory]")
-
-
-def saved_bytes(layers, config, dtype=torch.float32):
-    """What the allocator has handed out in a forward, less the output, and what we measure ourselves."""
-    recompute(layers, config)
-    x = make_input(dtype)
-    forward(layers, x)  # a budget is divided here
-    out, total = allocated(lambda: forward(layers, x))
-    return total - out.nbytes, measure_saved_bytes(lambda: forward(layers, x))
-
-
-E_Q, E_KV = TOKENS * H * D, TOKENS * K * D
+Q, KV = H * D, K * D
+KEPT = (
+    3 * C + 2 * (Q + KV) + 3 * M
+)  # inner inputs and outputs of norms; q, k, v and attention's output; gate, up, swiglu
 
 
 @pytest.mark.parametrize(
     ("ops", "values"),
     [
-        (("norms",), 2 * TOKENS * C),  # both norms' outputs
-        (("swiglu",), TOKENS * I),  # input of down
-        (("gate", "up"), 2 * TOKENS * I),
-        (("norms", "swiglu", "gate", "up"), 2 * TOKENS * C + 3 * TOKENS * I),
+        ((), 0),
+        (("norms",), 2 * C),  # both norms' outputs
+        (("swiglu",), M),  # the input of down
+        (("gate", "up"), 2 * M),
+        (("norms", "swiglu", "gate", "up"), 2 * C + 3 * M),
         (("rope",), 0),  # keeps the products instead of the rotated
-        (("rope", "q", "k"), E_Q + E_KV),
-        (("v",), E_KV),
+        (("rope", "q", "k"), Q + KV),
+        (("v",), KV),
         (("o", "down"), 0),
+        (ALL, 2 * C + Q + 2 * KV + 3 * M),  # left: what goes into the second norm, and attention's output
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_bytes_follow_from_arithmetic(ops, values, dtype):
-    make = lambda: make_layers(1, kernels=SDPA, dtype=dtype, num_kv_heads=K)  # noqa: E731
-    whole, whole_measured = saved_bytes(make(), NONE, dtype)
-    less, less_measured = saved_bytes(make(), selective(*ops), dtype)
-    print(ops, whole, whole_measured, less, less_measured)
-    assert whole_measured - less_measured == values * dtype.itemsize
-    assert abs(whole - whole_measured) < 100 and abs(less - less_measured) < 100  # scalars on the way
+    layers, x = make_layers(1, kernels=FUSED, dtype=dtype), make_input(dtype)
+    recompute(layers, selective(*ops))
+    assert measure_saved_bytes(lambda: forward(layers, x)) == (KEPT - values) * TOKENS * dtype.itemsize
 
 
-def test_full_keeps_the_input_only():
-    between = 2 * TOKENS * C * 4  # of three layers
-    allocator, measured = saved_bytes(make_layers(3), FULL)
-    assert measured == between and abs(allocator - between) < 100
+def allocated(function):
+    """What the allocator has handed out while `function` ran and not got back, less the result (bytes)."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+        result = function()
+    events = measured.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]") - result.nbytes
+
+
+@pytest.mark.parametrize(("config", "kept"), [(NONE, 3 * KEPT + 2 * C), (FULL, 2 * C), (selective("swiglu"), None)])
+def test_the_allocator_agrees(config, kept):
+    layers, x = make_layers(3, kernels=FUSED), make_input()
+    recompute(layers, config)
+    measured = measure_saved_bytes(lambda: forward(layers, x))
+    assert abs(allocated(lambda: forward(layers, x)) - measured) <= 100  # numbers that ops hold
+    assert kept is None or measured == kept * TOKENS * 4
+
+
+def results_of_recipes():
+    """All recipes that exist, and how many of them hold results."""
+    recipes = [x for x in gc.get_objects() if isinstance(x, Recipe)]
+    return len(recipes), sum(recipe.results is not None for recipe in recipes)
+
+
+def test_nothing_is_left_after_backward():
+    layers = make_layers(kernels=FUSED)
+    watched = []
+    for layer in layers:
+        inner = layer.feed_forward.kernels.swiglu
+
+        def watch(gate, up, inner=inner):
+            out = inner(gate, up)
+            watched.extend(weakref.ref(x) for x in (gate, up, out))
+            return out
+
+        layer.feed_forward.kernels = replace(layer.feed_forward.kernels, swiglu=watch)
+    recompute(layers, selective(*ALL))
+    gc.disable()  # what would need the collector is a leak
+    try:
+        loss = loss_of(forward(layers, make_input()))
+        num_forward = len(watched)
+        assert results_of_recipes() == (20, 0)  # a layer's norms, q, k, v, both rotations, gate, up, swiglu
+        loss.backward()
+        assert len(watched) == 2 * num_forward == 12
+        assert [ref() for ref in watched] == [None] * 12
+        assert results_of_recipes() == (0, 0)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize("config", [FULL, selective(*ALL)], ids=str)
+def test_two_microbatches_between_forward_and_backward(config, order):
+    plain, layers = make_layers(), make_layers()
+    recompute(layers, config)
+    inputs = [make_input(seed=3), make_input(seed=4)]
+    losses = [loss_of(forward(layers, x)) for x in inputs]
+    found = {i: torch.autograd.grad(losses[i], [inputs[i], *layers.parameters()]) for i in order}
+    for i, x in enumerate(inputs):
+        assert_same(found[i], gradients(plain, x)[1:])
+
+
+def test_a_graph_that_is_retained_can_be_walked_again():
+    layers, x = make_layers(), make_input()
+    expected = gradients(layers, x)[1:]
+    recompute(layers, selective(*ALL))
+    loss = loss_of(forward(layers, x))
+    wanted = [x, *layers.parameters()]
+    for retain in (True, True, False):
+        assert_same(torch.autograd.grad(loss, wanted, retain_graph=retain), expected)
+        assert results_of_recipes()[1] == 0
+    # in parts, as pipelines that split backward do
+    loss = loss_of(forward(layers, x))
+    (of_input,) = torch.autograd.grad(loss, [x], retain_graph=True)
+    assert_same([of_input, *torch.autograd.grad(loss, wanted[1:])], expected)
+
+
+def test_without_gradients_nothing_is_recorded():
+    layers, x = make_layers(), make_input()
+    expected = forward(layers, x)
+    recompute(layers, selective(*ALL))
+    with torch.no_grad():
+        assert torch.equal(forward(layers, x), expected)
+        assert measure_saved_bytes(lambda: forward(layers, x)) == 0
+    assert results_of_recipes() == (0, 0)
+
+
+def test_unknown_ops_are_refused():
+    known = "down, gate, k, norms, o, q, rope, swiglu, up, v"
+    with pytest.raises(PlanError, match=f"recompute.ops has 'attention', which no block has; use any of {known}"):
+        recompute(make_layers(), selective("norms", "attention"))
+
+
+class Convolutional(nn.Module):
+    """A block of a user's: other names, a layer that is neither linear nor norm, a tuple, conjugates, in-place use."""
+
+    def __init__(self, in_place=False):
+        super().__init__()
+        self.mix, self.scale, self.merge = nn.Conv1d(C, C, 1), nn.LayerNorm(C), nn.Linear(C, C)
+        self.in_place = in_place
+
+    def forward(self, x):
+        y = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        y = F.relu(y, inplace=self.in_place)
+        spectrum = torch.fft.rfft(self.scale(y), dim=-1)
+        return x + self.merge(torch.fft.irfft(spectrum.conj() * spectrum, dim=-1, n=C))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_blocks_of_any_kind(in_place):
+    def run(config):
+        torch.manual_seed(0)
+        block, x = Convolutional(in_place), make_input()
+        recompute([block], config)
+        loss = loss_of(block(x))
+        return [loss.detach(), *torch.autograd.grad(loss, [x, *block.parameters()])]
+
+    for ops in (("mix",), ("norms", "merge"), ("mix", "norms", "merge")):
+        assert_same(run(selective(*ops)), run(NONE))
+    assert_same(run(FULL), run(NONE))
+
+
+class Overwriting(nn.Module):
+    """A block that spoils what its norm needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(C)
+
+    def forward(self, x):
+        y = x * 2
+        z = self.norm(y)
+        y.add_(1)
+        return y + z * z
+
+
+def test_saved_tensors_that_were_overwritten_are_refused():
+    block = Overwriting()
+    recompute([block], selective("norms"))
+    with pytest.raises(RuntimeError, match="changed in place after it was saved"):
+        block(make_input()).sum().backward()
+
+
+def test_an_op_that_is_not_a_function_is_refused():
+    layers, calls = make_layers(1), []
+    inner = layers[0].feed_forward.gate.forward
+
+    def fickle(x):
+        calls.append(x.shape)
+        return inner(x) if len(calls) == 1 else inner(x).double()
+
+    layers[0].feed_forward.gate.forward = fickle
+    recompute(layers, selective("gate"))
+    with pytest.raises(PlanError, match="must depend on its inputs alone"):
+        loss_of(forward(layers, make_input())).backward()
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["several storages", "one storage"])
+def test_one_call_may_make_several_products(views):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.calls = nn.Parameter(torch.linspace(-1, 1, 3 * C * C).view(3 * C, C)), 0
+
+        def products(self, x):
+            self.calls += 1
+            out = F.linear(x, self.weight)
+            return out.split(C, -1) if views else tuple(part.clone() for part in out.split(C, -1))
+
+        def forward(self, x):
+            q, k, v = self.products(x)
+            return x + q * k.sigmoid() * v
+
+    def run(ops):
+        block, x = Block(), make_input()
+        recomputed = RecomputedBlock(block)
+        block.products = recomputed.remember(block.products, "q", "k", "v")
+        recomputed.ops = ops
+        loss = loss_of(block(x))
+        found = [loss.detach(), *torch.autograd.grad(loss, [x, block.weight])]
+        return found, block.calls
+
+    expected, once = run(frozenset())
+    found, twice = run(frozenset({"k"}))
+    assert (once, twice) == (1, 2)
+    assert_same(found, expected)
+
+
+def test_shared_products_of_a_tensor_group_run_again_once():
+    layers = make_layers(1, kernels=FUSED)
+    expected = gradients(layers, make_input())
+    attention = layers[0].attention
+    shared = SharedProducts([attention.q, attention.k, attention.v], Unsplit(None), WeightGradients())
+    calls, inner = [], shared.products
+    shared.products = lambda x: (calls.append(1), inner(x))[1]
+    for index, linear in enumerate(shared.linears):
+        linear.forward = SharedForward(shared, index)
+    recompute(layers, selective("norms", "rope", "q", "k", "v"))
+    found = gradients(layers, make_input())
+    assert len(calls) == 2
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def sharded_gradients(config):
+    """Gradients of this process's shards; weights are freed between forward and backward."""
+    from torch import distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    layers = make_layers(kernels=SDPA)
+    recompute(layers, config)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True, mp_policy=policy)
+    for _ in range(2):
+        x = make_input(torch.bfloat16, seed=dist.get_rank())
+        loss_of(forward(layers, x)).backward()
+    found = [x.grad, *(p.grad.to_local() for p in layers.parameters())]
+    return [gradient.float().numpy() for gradient in found]
+
+
+def all_sharded_gradients():
+    return [sharded_gradients(config) for config in (NONE, FULL, selective(*ALL), budget(60_000))]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_weights_may_be_freed_and_gathered_again(processes):
+    for expected, *others in fork(processes, all_sharded_gradients):
+        for found in others:
+            assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+
+def plan_of(caplog):
+    (line,) = [record.message for record in caplog.records if record.message.startswith("recompute of")]
+    saved, of = map(float, re.search(r"activations (\S+) of (\S+) GiB", line).groups())
+    return line, saved * GIB, of * GIB
+
+
+@pytest.mark.parametrize("kernels", [PLAIN, SDPA, FUSED], ids=["reference", "torch", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 1.0])
+def test_a_budget_is_kept_and_used(caplog, kernels, dtype, part):
+    x = make_input(dtype)
+
+    def embedded():
+        return forward(layers, x * 1)
+
+    caplog.set_level(logging.INFO, "shardwright.parallel")
+    layers = make_layers(6, kernels=kernels, dtype=dtype)
+    whole = measure_saved_bytes(embedded)
+    recompute(layers, budget(part * whole))
+    saved = measure_saved_bytes(embedded)
+    _, predicted, allowed = plan_of(caplog)
+    assert abs(saved - predicted) <= 0.02 * predicted
+    assert saved <= 1.01 * allowed
+    assert saved >= 0.75 * allowed
+
+
+def test_the_plan_is_logged_once_for_all_blocks(caplog):
+    caplog.set_level(logging.INFO, "shardwright.parallel")
+    layers, x = make_layers(4, kernels=FUSED), make_input()
+    layers.append(make_layers(1, kernels=FUSED, intermediate_size=2 * M)[0])
+    recompute(layers, budget(1e9))
+    forward(layers, x)
+    forward(layers, x)
+    assert plan_of(caplog)[0].startswith("recompute of 5 blocks: 5 keep everything; saved activations")
+
+
+def test_microbatches_that_are_live_at_once_count(caplog):
+    caplog.set_level(logging.INFO, "shardwright.parallel")
+    one = (KEPT + C) * TOKENS * 4
+    layers, x = make_layers(2, kernels=FUSED), make_input()
+    recompute(layers, budget(5 * one), [4, 1])
+    forward(layers, x)
+    line, saved, _ = plan_of(caplog)
+    assert "2 keep everything" in line and abs(saved - 5 * one) < 0.01 * one
+    caplog.clear()
+    recompute(layers := make_layers(2, kernels=FUSED), budget(4.9 * one), [4, 1])
+    forward(layers, x)
+    assert "1 keep everything" in plan_of(caplog)[0]
+
+
+def test_a_budget_below_the_inputs_is_refused():
+    layers = make_layers(4)
+    recompute(layers, budget(3 * TOKENS * C * 4))
+    with pytest.raises(
+        PlanError, match=r"recompute.gib=\S+ is less than what 4 blocks keep at least; raise it to"
+    ) as e:
+        forward(layers, make_input())
+    least = float(re.search(r"raise it to (\S+) or", str(e.value))[1])
+    assert 1 <= least * GIB / (4 * TOKENS * C * 4) <= 1.02
+    recompute(layers := make_layers(4), budget(least * GIB))
+    forward(layers, make_input())
+
+
+def test_choices_are_near_the_best():
+    rng = random.Random(0)
+    for _ in range(300):
+        options, steps = [], []
+        for _ in range(rng.randint(1, 5)):
+            count = rng.randint(1, 4)
+            sizes = sorted(rng.sample(range(1, 60), count), reverse=True)
+            prices = [0, *sorted(rng.sample(range(1, 60), count - 1))]
+            options.append([Choice(ops=None, saved_bytes=s, price=p) for s, p in zip(sizes, prices, strict=True)])
+            steps += [b.price - a.price for a, b in itertools.pairwise(_hull(options[-1]))]
+        lengths = [sum(c.saved_bytes for c in combination) for combination in itertools.product(*options)]
+        limit = rng.randint(min(lengths), max(lengths))
+        chosen = choose(options, limit)
+        assert all(choice in block for choice, block in zip(chosen, options, strict=True))
+        assert sum(c.saved_bytes for c in chosen) <= limit
+        best = min(
+            sum(c.price for c in combination)
+            for combination in itertools.product(*options)
+            if sum(c.saved_bytes for c in combination) <= limit
+        )
+        assert sum(c.price for c in chosen) <= best + max(steps, default=0)

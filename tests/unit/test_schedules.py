@@ -1,7 +1,6 @@
 import json
 import random
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +22,7 @@ from shardwright.parallel.pipeline.schedule import (
     peak_live,
 )
 from shardwright.parallel.pipeline.timeline import Costs, draw, simulate, write_trace
-
-ROOT = Path(__file__).resolve().parents[2]
+from shardwright.scripts import schedule as command
 
 
 def make(kind: str, P: int, M: int, V: int | None = None) -> Schedule:
@@ -49,7 +47,7 @@ def timeline(schedule: Schedule, **costs: float):
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_random_tables_pass(kind):
     rng = random.Random(kind)
-    for _ in range(70):
+    for _ in range(60):
         P, M = rng.randint(1, 16), rng.randint(1, 64)
         V = rng.randint(2, 4) if kind == "interleaved_1f1b" else int(SCHEDULES[kind])
         schedule = make(kind, P, M, V)
@@ -192,7 +190,7 @@ def test_interleaved_equals_torch(P):
     assert compared >= 3 * (P + 3)
 
 
-@pytest.mark.parametrize("P", [1, 2, 4, 7])
+@pytest.mark.parametrize("P", [1, 2, 3, 5])
 def test_zero_bubble_beside_torch(P):
     for M in range(1, 4 * P + 1):
         ours, theirs = make("zbv", P, M), torch_local_rows("ScheduleZBVZeroBubble", P, 2, M)
@@ -280,8 +278,8 @@ def test_one_change_of_a_good_table_is_found():
 
 
 def test_incomplete_table_stops_the_simulator():
-    with pytest.raises(ScheduleError, match="rank 1 waits at 1F0 for the activation of stage 0, which nobody makes"):
-        execution_order(table("01", "0B0", "1F0 1B0"))
+    with pytest.raises(ScheduleError, match="rank 0 waits at 0B1 for the activation of stage 0, which nobody makes"):
+        execution_order(table("01", "0B1", "1F0 1B0"))
 
 
 @pytest.mark.parametrize(
@@ -358,16 +356,21 @@ def test_picture_and_trace(tmp_path):
     assert (first["tid"], first["ts"], first["dur"], first["cat"]) == (1, 1e6, 1e6, "forward")
 
 
-def test_command(tmp_path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(ROOT / "scripts" / "schedule.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+def test_command(tmp_path, monkeypatch, capsys):
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["schedule.py", *arguments])
+        command.main()
+        return capsys.readouterr().out
 
-    printed = run("zbv", "--ranks", "4", "--microbatches", "8", "--table")
-    (tmp_path / "mine.yaml").write_text(printed.stdout)
+    monkeypatch.chdir(tmp_path)
     counts = ("--ranks", "4", "--microbatches", "8")
+    Path("mine.yaml").write_text(run("zbv", *counts, "--table"))
     shown = run("mine.yaml", *counts, "--png", "out.png", "--trace", "out.json")
-    assert shown.returncode == 0 and "5.88%" in shown.stdout and "25.5 s" in shown.stdout
-    assert (tmp_path / "out.png").is_file() and (tmp_path / "out.json").is_file()
-    refused = run("mine.yaml", "--ranks", "3", "--microbatches", "8")
-    assert refused.returncode == 2 and "mine.yaml: the table has 4 ranks, 3 are asked for" in refused.stderr
+    assert "5.88%" in shown and "25.5 s" in shown
+    assert Path("out.png").is_file() and Path("out.json").is_file()
+    for wrong in (("mine.yaml", "--ranks", "3", "--microbatches", "8"), ("mine.yaml", *counts, "--chunks", "2")):
+        with pytest.raises(SystemExit) as stopped:
+            run(*wrong)
+        assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert "mine.yaml: the table has 4 ranks, 3 are asked for" in errors and "--chunks 2 has no meaning" in errors

@@ -1,0 +1,293 @@
+"""Any layout of any model against the oracle: the plain model, in one process, on all data.
+
+Both start from the same weights, train a few steps on the same made-up batches in float32, with accumulation, clipping
+and the configured optimizer, and are compared: loss and gradient norm of every step, every parameter's gradient before
+clipping in the first and the last step, every weight afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shardwright.checkpoint.box import Piece, piece_of
+from shardwright.conf.load import from_dict, to_dict
+from shardwright.conf.schema import TrainConfig
+from shardwright.data.loader import Share
+from shardwright.data.pack import Batch, Document, Packed, pack, stack
+from shardwright.kernels import select
+from shardwright.parallel.apply import Layout, apply, lay_out
+from shardwright.parallel.mesh import Mesh
+from shardwright.parallel.world import World
+from shardwright.trainer.build import make_plain_model, plan_share
+from shardwright.trainer.engine import StepValues
+from shardwright.trainer.native import NativeEngine
+from shardwright.trainer.optim import make_optimizer
+
+NUM_STEPS = 3
+TOLERANCE = 1e-5
+RING_TOLERANCE = 1e-4  # of gradients: the ring adds up attention's softmax in another order
+
+GRADIENT, WEIGHT = "gradient", "weight"
+Pieces = list[tuple[str, Piece]]
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number of the layout beside the oracle's.
+
+    Attributes:
+        quantity: loss, gradient norm, gradient, weight.
+        step: counted from 1.
+        name: of the parameter; empty for a number of the whole step.
+        layout: the layout's value; a parameter's L2 norm.
+        oracle: the oracle's.
+        difference: relative to the oracle's; for a parameter, norm of the difference over norm of the oracle's.
+        tolerance: the greatest difference that passes.
+    """
+
+    quantity: str
+    step: int
+    name: str
+    layout: float
+    oracle: float
+    difference: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both are finite and alike."""
+        return math.isfinite(self.layout) and math.isfinite(self.oracle) and self.difference <= self.tolerance
+
+    @property
+    def ratio(self) -> float:
+        """The layout's value over the oracle's."""
+        return _ratio(self.layout, self.oracle)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons of a layout, and the faults that are no number: parameters missing, extra or incomplete."""
+
+    comparisons: tuple[Comparison, ...]
+    faults: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing differs."""
+        return not self.faults and all(comparison.passed for comparison in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison:
+        """The comparison that is nearest to its tolerance, or furthest beyond."""
+        return max(self.comparisons, key=_excess)
+
+    def of_steps(self) -> list[Comparison]:
+        """Return the comparisons of whole steps, in order."""
+        return [comparison for comparison in self.comparisons if not comparison.name]
+
+    def of_parameters(self, quantity: str) -> list[Comparison]:
+        """Return the comparisons of gradients or weights, worst first."""
+        return sorted((c for c in self.comparisons if c.name and c.quantity == quantity), key=_excess, reverse=True)
+
+
+def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> Report:
+    """Run a layout and the oracle and compare them (collective).
+
+    Args:
+        config: the layout; its precision is not used, its learning rate is the peak throughout.
+        world: started; groups are made here, and belong to it.
+        num_steps: at least 1.
+
+    Returns:
+        The report, on every process.
+
+    Raises:
+        ConfigError, TopologyError, PlanError, ScheduleError, KernelError: the layout cannot run.
+    """
+    subject = Subject.of(config, num_processes=world.num_processes, rank=world.rank, device=world.device)
+    layout = _train(replace(subject, mesh=subject.mesh.start(world.device.type)), num_steps)
+    received: list[list[Pieces]] | None = [[] for _ in range(world.num_processes)] if world.rank == 0 else None
+    dist.gather_object(layout.pieces, received)
+    reports: list[Report | None] = [None]
+    if received is not None:
+        alone = Subject.of(_plain(config), num_processes=1, rank=0, device=world.device)
+        parts = [[piece for pieces in one_kind for piece in pieces] for one_kind in zip(*received, strict=True)]
+        reports = [_compare(_Record(layout.values, parts), _train(alone, num_steps), config)]
+    dist.broadcast_object_list(reports, device=torch.device("cpu"))
+    report = reports[0]
+    assert report is not None
+    return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and one process's place in a layout of it: all that can be known, and refused, before anything runs."""
+
+    config: TrainConfig
+    mesh: Mesh
+    share: Share
+    model: nn.Module
+    layout: Layout
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: TrainConfig, *, num_processes: int, rank: int, device: torch.device) -> Subject:
+        """Lay a model out (local; no memory, no groups).
+
+        Raises:
+            ConfigError, TopologyError, PlanError, ScheduleError, KernelError: the layout cannot run.
+        """
+        mesh = Mesh.of(config.parallel, num_processes=num_processes, rank=rank)
+        share = plan_share(config, mesh)
+        sizes = config.model.kernel_sizes
+        model, plan = make_plain_model(
+            config, select(config.kernels, device=device.type, dtype=torch.float32, sizes=sizes)
+        )
+        layout = lay_out(model, plan, mesh, config)
+        return cls(config=config, mesh=mesh, share=share, model=model, layout=layout, device=device)
+
+
+def synthetic_batches(seed: int, step: int, share: Share, vocab_size: int) -> list[Batch]:
+    """Return one process's microbatches of a made-up global batch; steps are counted from 1.
+
+    Sequence n of all steps is a pure function of seed and n, and goes to the process that a loader would give it to.
+    """
+    first = (step - 1) * share.global_batch_sequences
+    own = [n for n in range(first, first + share.global_batch_sequences) if share.owns(n)]
+    sequences = [_sequence(seed, n, share.sequence_length, vocab_size) for n in own]
+    size = share.microbatch_sequences
+    return [stack(sequences[i : i + size]) for i in range(0, len(sequences), size)]
+
+
+def _sequence(seed: int, number: int, length: int, vocab_size: int) -> Packed:
+    """Return random documents of one token, few tokens, half the sequence or all of it; some end in filler."""
+    rng = np.random.default_rng((seed, number))
+    longest = int(rng.choice([1, 8, length // 2 + 1, 2 * length, 2 * length]))
+    total = int(rng.integers(length // 2, 2 * length)) + 1
+
+    def documents() -> Iterator[Document]:
+        made = 0
+        while made < total:
+            size = min(int(rng.integers(1, longest + 1)), total - made)
+            made += size
+            yield Document(0, 0, rng.integers(0, vocab_size, size))
+
+    return next(pack(documents(), length))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Numbers of every step; and pieces of the gradients of the first and the last step and of the weights after it."""
+
+    values: list[StepValues]
+    pieces: list[Pieces]
+
+
+def _train(subject: Subject, num_steps: int) -> _Record:
+    """Train a layout from its initial values (collective, if the mesh is live)."""
+    config, mesh, device = subject.config, subject.mesh, subject.device
+    model = apply(subject.model, subject.layout, mesh, config, device=device, compute_dtype=torch.float32)
+    engine = NativeEngine(model, make_optimizer(config.optim, model), mesh, device, config.optim.max_grad_norm)
+    values, gradients = [], []
+    for step in range(1, num_steps + 1):
+        batches = synthetic_batches(config.train.seed, step, subject.share, config.model.vocab_size)
+        if step in (1, num_steps):
+            engine.backward(batches)
+            gradients.append(_copy((name, p.grad) for name, p in model.named_parameters() if p.grad is not None))
+            for parameter in model.parameters():
+                parameter.grad = None
+        values.append(engine.read(engine.train_step(batches, lr=config.optim.peak_lr)))
+    weights = _copy(pair for stage in model.stages.values() for pair in stage.named_parameters())
+    return _Record(values, [gradients[0], gradients[-1], weights])
+
+
+def _copy(tensors: Iterable[tuple[str, torch.Tensor]]) -> Pieces:
+    pieces = [(name, piece_of(tensor)) for name, tensor in tensors]
+    return [(name, replace(piece, tensor=piece.tensor.clone().cpu())) for name, piece in pieces]
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    """Return the same run in one process, with nothing done to the model."""
+    raw = to_dict(config)
+    raw["recompute"] = {"kind": "none"}
+    raw["parallel"] = {
+        **dict.fromkeys(("pipeline", "replicate", "shard", "context", "tensor"), 1),
+        "pipeline_schedule": "1f1b",
+        "pipeline_chunks": "auto",
+        "context_mode": "ring",
+        "tensor_overlap": "none",
+        "zero": "auto",
+    }
+    return from_dict(raw)
+
+
+def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
+    comparisons, faults = [], []
+    for step, (a, b) in enumerate(zip(layout.values, oracle.values, strict=True), start=1):
+        for quantity, x, y in (("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm)):
+            comparisons.append(Comparison(quantity, step, "", x, y, _ratio(abs(x - y), abs(y)), TOLERANCE))
+    ring = config.parallel.context > 1 and config.parallel.context_mode == "ring"
+    last = len(layout.values)
+    kinds = [(GRADIENT, 1), (GRADIENT, last), (WEIGHT, last)]
+    for (quantity, step), ours, theirs in zip(kinds, layout.pieces, oracle.pieces, strict=True):
+        tolerance = RING_TOLERANCE if ring and quantity == GRADIENT else TOLERANCE
+        whole = {name: piece.tensor for name, piece in theirs}
+        mine = {name: [piece for other, piece in ours if other == name] for name, _ in ours}
+        faults += [f"{quantity} of step {step}: {name} is missing" for name in whole if name not in mine]
+        faults += [f"{quantity} of step {step}: {name} is not in the plain model" for name in mine if name not in whole]
+        for name in (name for name in whole if name in mine):
+            fault = _find_fault(mine[name], whole[name])
+            if fault:
+                faults.append(f"{quantity} of step {step}: {name} {fault}")
+            else:
+                comparisons.append(_compare_parameter(quantity, step, name, mine[name], whole[name], tolerance))
+    return Report(tuple(comparisons), tuple(dict.fromkeys(faults)))
+
+
+def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor) -> str | None:
+    """Say how pieces fail to make up a whole tensor, if they do."""
+    covered = torch.zeros(whole.shape, dtype=torch.bool)
+    for piece in pieces:
+        if piece.shape != tuple(whole.shape):
+            return f"has shape {list(piece.shape)}, in the plain model {list(whole.shape)}"
+        if piece.box.sizes != tuple(piece.tensor.shape):
+            return f"has a part of shape {list(piece.tensor.shape)} where {list(piece.box.sizes)} belong"
+        covered[_slices(piece)] = True
+    missing = covered.numel() - int(covered.sum())
+    return f"is incomplete: no process holds {missing} of its {covered.numel()} elements" if missing else None
+
+
+def _compare_parameter(
+    quantity: str, step: int, name: str, pieces: Sequence[Piece], whole: torch.Tensor, tolerance: float
+) -> Comparison:
+    """Compare a parameter with pieces that cover it; where several are copies of one another, the worst one counts."""
+    whole = whole.double()
+    value, error = torch.zeros_like(whole), torch.zeros_like(whole)
+    for piece in pieces:
+        part = _slices(piece)
+        distance = (piece.tensor.double() - whole[part]).abs()
+        value[part] = torch.where(distance >= error[part], piece.tensor.double(), value[part])
+        error[part] = torch.maximum(error[part], distance)
+    x, y, distance = value.norm().item(), whole.norm().item(), error.norm().item()
+    return Comparison(quantity, step, name, x, y, _ratio(distance, y), tolerance)
+
+
+def _slices(piece: Piece) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(piece.box.offsets, piece.box.sizes, strict=True))
+
+
+def _ratio(x: float, y: float) -> float:
+    return 1.0 if x == y != 0 else x / max(y, _TINY)
+
+
+def _excess(comparison: Comparison) -> float:
+    difference = comparison.difference / comparison.tolerance
+    return difference if comparison.passed or difference > 1 else math.inf
