@@ -16,7 +16,7 @@ from shardwright.parallel.init import fill_initial_values
 from shardwright.parallel.mesh import Mesh
 from shardwright.parallel.model import ParallelModel
 from shardwright.parallel.pipeline.execute import Channels, Executor, Microbatch, edges
-from shardwright.parallel.pipeline.schedule import Schedule, check, load_schedule, make_schedule
+from shardwright.parallel.pipeline.schedule import Schedule, check, live_at_peak, load_schedule, make_schedule
 from shardwright.parallel.pipeline.stage import cut, split_by_cost
 from shardwright.parallel.plan import ParallelPlan, TensorStyle
 from shardwright.parallel.products import OVERLAPS, WeightGradients
@@ -120,16 +120,6 @@ def apply(
 def num_microbatches(config: TrainConfig, data_degree: int) -> int:
     """Return the microbatches of a step on each process; the last one may be smaller."""
     return math.ceil(config.train.global_batch_sequences // data_degree / config.train.microbatch_sequences)
-
-
-def live_at_peak(schedule: Schedule, rank: int) -> dict[int, int]:
-    """Return stage -> microbatches between forward and backward, at the moment when the rank has most of them."""
-    live = dict.fromkeys(schedule.stages_of(rank), 0)
-    peak = live
-    for action in schedule.actions[rank]:
-        live = {**live, action.stage: live[action.stage] + {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]}
-        peak = max(peak, live, key=lambda counts: sum(counts.values()))
-    return peak
 
 
 def _schedule(mesh: Mesh, config: TrainConfig) -> Schedule:

@@ -176,8 +176,12 @@ class RecomputedBlock:
             return self.forward(*args, **kwargs)
         self.prepare(*args, **kwargs)
         if self.ops is None:
-            return checkpoint(partial(self.forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
+            return self.run_for_inputs(args, kwargs)
         return self.run(Provenance(), args, kwargs) if self.ops else self.forward(*args, **kwargs)
+
+    def run_for_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block's own forward so that its inputs are kept, and backward runs it again."""
+        return checkpoint(partial(self.forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)
 
     def run(self, record: Record, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the block's own forward while `record` hears of the calls of `ops` and of all that autograd saves."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from shardwright.parallel.plan import PlanError
-from shardwright.parallel.provenance import Kept, Op, RecomputedBlock, address, is_plain, new_tensors
+from shardwright.parallel.provenance import Kept, Op, Provenance, RecomputedBlock, address, new_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Choice:
 
     ops: frozenset[str] | None
     saved_bytes: int
-    price: float
+    price: int
 
     def __str__(self) -> str:
         if self.ops is None:
@@ -126,7 +126,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.price = 0.0
+        self.price = 0  # an integer: sums do not depend on their order
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -166,7 +166,7 @@ class Step:
     names: frozenset[str]
     inputs: frozenset[int]
     outputs: frozenset[int]
-    price: float
+    price: int
 
 
 class Ledger:
@@ -176,7 +176,7 @@ class Ledger:
     """
 
     def __init__(self, meter: Meter) -> None:
-        self.meter = meter
+        self.meter, self.provenance = meter, Provenance()
         self.makers: dict[int, Step] = {}
         self.saved: set[int] = set()
         self.kept: set[int] = set()
@@ -185,7 +185,7 @@ class Ledger:
     def call(self, names: tuple[str, ...], function: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the op and enter it."""
         before = self.meter.price
-        outputs = function(*args, **kwargs)
+        outputs = self.provenance.call(names, function, args, kwargs)
         made = frozenset(address(x) for _, x in new_tensors(outputs, args, kwargs))
         inputs = frozenset(address(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         step = Step(frozenset(names), inputs, made, self.meter.price - before)
@@ -193,14 +193,16 @@ class Ledger:
         return outputs
 
     def pack(self, tensor: torch.Tensor) -> Kept | None:
-        """Drop the tensor and enter its storage if an op has made it, else keep it."""
-        if not is_plain(tensor) or address(tensor) not in self.makers:
-            return Kept(tensor)
+        """Drop the tensor and enter its storage if an op can make it again, else keep it."""
+        saved = self.provenance.pack(tensor)
+        if isinstance(saved, Kept):
+            return saved
         self.saved.add(address(tensor))
         return None
 
     def close(self, outputs: Any) -> None:
         """Enter what is in use after the forward. The outputs count where they are inputs."""
+        self.provenance = Provenance()  # recipes hold inputs that nobody may need
         self.kept = self.meter.saved(outputs)
         self.outputs = {address(x) for x in tree_leaves(outputs) if isinstance(x, torch.Tensor)}
 
@@ -242,15 +244,29 @@ class Ledger:
 
 
 def _probe(block: RecomputedBlock, x: torch.Tensor, *args: Any, **kwargs: Any) -> list[Choice]:
-    """Run the block once and return its choices. A copy of `x` counts if the block saves it."""
+    """Run the block twice and return its choices. What it is given is a copy of `x`, which counts if it is saved."""
+    whole = _probe_whole(block, x, args, kwargs)
+    return _frontier([*_probe_ops(block, x, args, kwargs), whole])
+
+
+def _probe_whole(block: RecomputedBlock, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    with Meter() as meter:
+        outputs = block.run_for_inputs((_copy(x), *args), kwargs)
+    return Choice(ops=None, saved_bytes=meter.bytes_of(meter.saved(outputs)), price=meter.price)
+
+
+def _probe_ops(block: RecomputedBlock, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Choice]:
     before, block.ops = block.ops, block.names
     with Meter() as meter:
         ledger = Ledger(meter)
-        outputs = block.run(ledger, (x.detach().requires_grad_().clone(), *args), kwargs)
+        outputs = block.run(ledger, (_copy(x), *args), kwargs)
     block.ops = before
     ledger.close(outputs)
-    whole = Choice(ops=None, saved_bytes=x.numel() * x.element_size(), price=meter.price)
-    return _frontier([*ledger.choices(block.names), whole])
+    return ledger.choices(block.names)
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().requires_grad_().clone()
 
 
 class Budget:

@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shardwright.parallel.pipeline.schedule import SCHEDULES, Schedule, ScheduleError, load_schedule, make_schedule
+from shardwright.conf.checks import CHUNKS
+from shardwright.parallel.pipeline.schedule import Schedule, ScheduleError, load_schedule, make_schedule
 from shardwright.parallel.pipeline.timeline import Costs, Timeline, draw, simulate, write_trace
 
 
@@ -33,7 +34,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Bubble, time and memory of a pipeline schedule, without running it.")
-    parser.add_argument("schedule", help=f"one of {', '.join(SCHEDULES)}, or a .yaml table")
+    parser.add_argument("schedule", help=f"one of {', '.join(CHUNKS)}, or a .yaml table")
     parser.add_argument("--ranks", type=int, required=True, help="pipeline ranks")
     parser.add_argument("--microbatches", type=int, required=True, help="microbatches of a step")
     parser.add_argument("--chunks", type=int, help="stages of a rank (default: the least that the schedule allows)")
@@ -51,7 +52,7 @@ def _schedule(args: argparse.Namespace) -> Schedule:
         if args.chunks is not None:
             raise ScheduleError(f"--chunks {args.chunks} has no meaning for a table, which says its stages; drop it")
         return load_schedule(args.schedule, num_ranks=args.ranks, num_microbatches=args.microbatches)
-    least = int(SCHEDULES.get(args.schedule, "1")[0])
+    least, _ = CHUNKS.get(args.schedule, (1, 1))
     chunks = least if args.chunks is None else args.chunks
     return make_schedule(args.schedule, num_ranks=args.ranks, num_chunks=chunks, num_microbatches=args.microbatches)
 

@@ -30,8 +30,8 @@ class NativeEngine(Engine):
     def __init__(
         self, model: ParallelModel, optimizer: Optimizer, mesh: Mesh, device: torch.device, max_grad_norm: float | None
     ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self._mesh, self._device, self._max_grad_norm = mesh, device, max_grad_norm
+        self.model, self.optimizer, self.mesh = model, optimizer, mesh
+        self._device, self._max_grad_norm = device, max_grad_norm
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
@@ -65,11 +65,11 @@ class NativeEngine(Engine):
             moved = [batch.to(self._device) for batch in batches]
             loss += self.model.evaluate([_arguments(batch) for batch in moved])
             count += self._count_labels(moved)
-        return self._mesh.sum(loss, LOSS_AXES).item() / max(int(count.item()), 1)
+        return self.mesh.sum(loss, LOSS_AXES).item() / max(int(count.item()), 1)
 
     def read(self, result: StepResult) -> StepValues:
         """See `Engine`."""
-        loss = self._mesh.sum(result.loss_sum.clone(), LOSS_AXES)
+        loss = self.mesh.sum(result.loss_sum.clone(), LOSS_AXES)
         others = result.num_labels, result.grad_norm, result.num_skipped
         loss_sum, num_labels, grad_norm, num_skipped = torch.stack((loss, *(x.double() for x in others))).tolist()
         return StepValues(loss=loss_sum / num_labels, grad_norm=grad_norm, num_skipped=int(num_skipped))
@@ -81,7 +81,7 @@ class NativeEngine(Engine):
 
     def _count_labels(self, batches: Sequence[Batch]) -> torch.Tensor:
         count = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
-        return self._mesh.sum(count, DATA_AXES)
+        return self.mesh.sum(count, DATA_AXES)
 
 
 def _arguments(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Tensor]:

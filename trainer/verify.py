@@ -23,7 +23,7 @@ from shardwright.data.loader import Share
 from shardwright.data.pack import Batch, Document, Packed, pack, stack
 from shardwright.kernels import select
 from shardwright.parallel.apply import Layout, apply, lay_out
-from shardwright.parallel.mesh import Mesh
+from shardwright.parallel.mesh import AXES, Mesh
 from shardwright.parallel.world import World
 from shardwright.trainer.build import make_plain_model, plan_share
 from shardwright.trainer.engine import StepValues
@@ -33,6 +33,8 @@ from shardwright.trainer.optim import make_optimizer
 NUM_STEPS = 3
 TOLERANCE = 1e-5
 RING_TOLERANCE = 1e-4  # of gradients: the ring adds up attention's softmax in another order
+GRADIENT_FLOOR = 1e-2  # of the whole gradient's norm: what a parameter's difference is at least compared with
+ADAM_EPS = 1e-3  # with a small one, elements whose gradient is rounding noise move by a whole learning rate
 
 GRADIENT, WEIGHT = "gradient", "weight"
 Pieces = list[tuple[str, Piece]]
@@ -49,7 +51,7 @@ class Comparison:
         name: of the parameter; empty for a number of the whole step.
         layout: the layout's value; a parameter's L2 norm.
         oracle: the oracle's.
-        difference: relative to the oracle's; for a parameter, norm of the difference over norm of the oracle's.
+        difference: relative to the oracle's; for a parameter, norm of the difference over `_scale`.
         tolerance: the greatest difference that passes.
     """
 
@@ -102,7 +104,7 @@ def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> 
     """Run a layout and the oracle and compare them (collective).
 
     Args:
-        config: the layout; its precision is not used, its learning rate is the peak throughout.
+        config: the layout; precision is float32, the learning rate the peak throughout, epsilon of Adam `ADAM_EPS`.
         world: started; groups are made here, and belong to it.
         num_steps: at least 1.
 
@@ -112,6 +114,7 @@ def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> 
     Raises:
         ConfigError, TopologyError, PlanError, ScheduleError, KernelError: the layout cannot run.
     """
+    config = _well_conditioned(config)
     subject = Subject.of(config, num_processes=world.num_processes, rank=world.rank, device=world.device)
     layout = _train(replace(subject, mesh=subject.mesh.start(world.device.type)), num_steps)
     received: list[list[Pieces]] | None = [[] for _ in range(world.num_processes)] if world.rank == 0 else None
@@ -214,18 +217,19 @@ def _copy(tensors: Iterable[tuple[str, torch.Tensor]]) -> Pieces:
     return [(name, replace(piece, tensor=piece.tensor.clone().cpu())) for name, piece in pieces]
 
 
+def _well_conditioned(config: TrainConfig) -> TrainConfig:
+    """Return the same run with an epsilon that keeps rounding noise as small in the update as it is in the gradient."""
+    raw = to_dict(config)
+    raw["optim"]["eps"] = ADAM_EPS
+    return from_dict(raw)
+
+
 def _plain(config: TrainConfig) -> TrainConfig:
     """Return the same run in one process, with nothing done to the model."""
     raw = to_dict(config)
+    plain = {"pipeline_schedule": "1f1b", "pipeline_chunks": "auto", "context_mode": "ring", "tensor_overlap": "none"}
+    raw["parallel"] = dict.fromkeys(AXES, 1) | plain | {"zero": "auto"}
     raw["recompute"] = {"kind": "none"}
-    raw["parallel"] = {
-        **dict.fromkeys(("pipeline", "replicate", "shard", "context", "tensor"), 1),
-        "pipeline_schedule": "1f1b",
-        "pipeline_chunks": "auto",
-        "context_mode": "ring",
-        "tensor_overlap": "none",
-        "zero": "auto",
-    }
     return from_dict(raw)
 
 
@@ -234,22 +238,41 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
     for step, (a, b) in enumerate(zip(layout.values, oracle.values, strict=True), start=1):
         for quantity, x, y in (("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm)):
             comparisons.append(Comparison(quantity, step, "", x, y, _ratio(abs(x - y), abs(y)), TOLERANCE))
-    ring = config.parallel.context > 1 and config.parallel.context_mode == "ring"
     last = len(layout.values)
     kinds = [(GRADIENT, 1), (GRADIENT, last), (WEIGHT, last)]
     for (quantity, step), ours, theirs in zip(kinds, layout.pieces, oracle.pieces, strict=True):
-        tolerance = RING_TOLERANCE if ring and quantity == GRADIENT else TOLERANCE
+        found: dict[str, list[Piece]] = {name: [] for name, _ in ours}
+        for name, piece in ours:
+            found[name].append(piece)
         whole = {name: piece.tensor for name, piece in theirs}
-        mine = {name: [piece for other, piece in ours if other == name] for name, _ in ours}
-        faults += [f"{quantity} of step {step}: {name} is missing" for name in whole if name not in mine]
-        faults += [f"{quantity} of step {step}: {name} is not in the plain model" for name in mine if name not in whole]
-        for name in (name for name in whole if name in mine):
-            fault = _find_fault(mine[name], whole[name])
-            if fault:
-                faults.append(f"{quantity} of step {step}: {name} {fault}")
-            else:
-                comparisons.append(_compare_parameter(quantity, step, name, mine[name], whole[name], tolerance))
-    return Report(tuple(comparisons), tuple(dict.fromkeys(faults)))
+        wrong = {name: "is missing" for name in whole.keys() - found.keys()}
+        wrong |= {name: "is not in the plain model" for name in found.keys() - whole.keys()}
+        wrong |= {
+            name: fault for name in whole.keys() & found.keys() if (fault := _find_fault(found[name], whole[name]))
+        }
+        faults += [f"{quantity} of step {step}: {name} {wrong[name]}" for name in sorted(wrong)]
+        for name in (name for name in whole if name not in wrong):
+            x, y, distance = _measure(found[name], whole[name])
+            scale = max(y, _floor(quantity, whole[name].numel(), oracle.values[step - 1].grad_norm, last, config))
+            tolerance = _tolerance(quantity, config)
+            comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, scale), tolerance))
+    return Report(tuple(comparisons), tuple(faults))
+
+
+def _tolerance(quantity: str, config: TrainConfig) -> float:
+    ring = config.parallel.context > 1 and config.parallel.context_mode == "ring"
+    return RING_TOLERANCE if ring and quantity == GRADIENT else TOLERANCE
+
+
+def _floor(quantity: str, num_elements: int, whole_norm: float, num_steps: int, config: TrainConfig) -> float:
+    """Return the norm that a parameter's difference is at least compared with.
+
+    A gradient can cancel out until only rounding is left of it (a bias of the keys, for example), and so can what it
+    did to a weight. So a gradient counts as a hundredth of the model's at least, a weight as what the optimizer can do.
+    """
+    if quantity == GRADIENT:
+        return GRADIENT_FLOOR * whole_norm
+    return num_steps * config.optim.peak_lr * math.sqrt(num_elements)
 
 
 def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor) -> str | None:
@@ -265,19 +288,16 @@ def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor) -> str | None:
     return f"is incomplete: no process holds {missing} of its {covered.numel()} elements" if missing else None
 
 
-def _compare_parameter(
-    quantity: str, step: int, name: str, pieces: Sequence[Piece], whole: torch.Tensor, tolerance: float
-) -> Comparison:
-    """Compare a parameter with pieces that cover it; where several are copies of one another, the worst one counts."""
+def _measure(pieces: Sequence[Piece], whole: torch.Tensor) -> tuple[float, float, float]:
+    """Return the norms of what pieces make up, of the oracle's tensor and of the difference; of copies the worst counts."""
     whole = whole.double()
     value, error = torch.zeros_like(whole), torch.zeros_like(whole)
     for piece in pieces:
-        part = _slices(piece)
-        distance = (piece.tensor.double() - whole[part]).abs()
-        value[part] = torch.where(distance >= error[part], piece.tensor.double(), value[part])
+        part, tensor = _slices(piece), piece.tensor.double()
+        distance = (tensor - whole[part]).abs()
+        value[part] = torch.where(distance >= error[part], tensor, value[part])
         error[part] = torch.maximum(error[part], distance)
-    x, y, distance = value.norm().item(), whole.norm().item(), error.norm().item()
-    return Comparison(quantity, step, name, x, y, _ratio(distance, y), tolerance)
+    return value.norm().item(), whole.norm().item(), error.norm().item()
 
 
 def _slices(piece: Piece) -> tuple[slice, ...]:

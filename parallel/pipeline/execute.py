@@ -101,7 +101,7 @@ class Executor:
         channels: Channels | None,
         free_weights: bool,
     ) -> None:
-        self._schedule, self._rank, self._stages = schedule, rank, stages
+        self.schedule, self._rank, self._stages = schedule, rank, stages
         self._gradients, self._hidden, self._channels, self._free = gradients, hidden, channels, free_weights
         self._last_stage = schedule.num_stages - 1
         actions = schedule.actions[rank]
@@ -119,30 +119,31 @@ class Executor:
             The summed loss (float64 scalar), zero on ranks without the last stage.
         """
         step = self._begin(microbatches)
-        actions = self._schedule.actions[self._rank]
+        actions = self.schedule.actions[self._rank]
         self._expect(step, actions[0])
         for index, action in enumerate(actions):
             if index + 1 < len(actions):
                 self._expect(step, actions[index + 1])
+            given = grad_scale if self._starts_backward(action) else self._take(step, action)
             with self.observe(action):
-                self._act(step, action, grad_scale, final=index == self._final[action.stage])
+                self._act(step, action, given, final=index == self._final[action.stage])
         return self._finish(step)
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch]) -> torch.Tensor:
         """Run forward only, over any number of microbatches; returns the summed loss as `run` does."""
         step = self._begin(microbatches)
-        width = self._schedule.num_ranks
+        width = self.schedule.num_ranks
         order = sorted(
             (m // width, stage, m)
             for stage in range(self._last_stage + 1)
             for m in range(len(microbatches))
-            if self._schedule.ranks[stage] == self._rank
+            if self.schedule.ranks[stage] == self._rank
         )
         for _, stage, m in order:
             action = Action(stage, "F", m)
             self._expect(step, action)
-            self._forward(step, action)
+            self._forward(step, action, self._take(step, action))
             step.graphs.clear()
         return self._finish(step)
 
@@ -154,18 +155,18 @@ class Executor:
             work.wait()
         return step.loss
 
-    def _act(self, step: _Step, action: Action, grad_scale: torch.Tensor, *, final: bool) -> None:
+    def _act(self, step: _Step, action: Action, given: torch.Tensor | None, *, final: bool) -> None:
         stage = self._stages[action.stage]
         match action.kind:
             case "F":
-                self._forward(step, action)
+                self._forward(step, action, given)
             case "B":
                 expect_backward(stage, last=final, free=self._free)
-                self._backward(step, action, grad_scale)
+                self._backward(step, action, given)
             case "I":
                 expect_backward(stage, last=False, free=False)
                 self._gradients.deferring = True
-                self._backward(step, action, grad_scale)
+                self._backward(step, action, given)
                 self._gradients.deferring = False
                 step.deferred[action.stage, action.microbatch] = self._gradients.take()
             case "W":
@@ -175,11 +176,11 @@ class Executor:
                 if final:
                     reduce_gradients(stage)
 
-    def _forward(self, step: _Step, action: Action) -> None:
+    def _forward(self, step: _Step, action: Action, given: torch.Tensor | None) -> None:
         stage, m = action.stage, action.microbatch
         first, *rest = step.microbatches[m]
-        if stage > 0:
-            first = self._take(step, ACTIVATION, stage, m).requires_grad_(torch.is_grad_enabled())
+        if given is not None:
+            first = given.requires_grad_(torch.is_grad_enabled())
         out = self._stages[stage](first, *rest)
         if stage == self._last_stage:
             step.loss += out.detach()
@@ -188,20 +189,22 @@ class Executor:
             step.graphs[stage, m] = first, get_gradient_edge(out) if torch.is_grad_enabled() else None
             self._give(step, ACTIVATION, stage + 1, m, out.detach())
 
-    def _backward(self, step: _Step, action: Action, grad_scale: torch.Tensor) -> None:
+    def _backward(self, step: _Step, action: Action, given: torch.Tensor | None) -> None:
         stage, m = action.stage, action.microbatch
         first, out = step.graphs.pop((stage, m))
-        gradient = grad_scale if stage == self._last_stage else self._take(step, GRADIENT, stage, m)
-        torch.autograd.backward((out,), (gradient,))
+        torch.autograd.backward((out,), (given,))
         if stage > 0:
             self._give(step, GRADIENT, stage - 1, m, first.grad)
+
+    def _starts_backward(self, action: Action) -> bool:
+        return action.kind in "BI" and action.stage == self._last_stage
 
     def _source(self, action: Action) -> tuple[str, int] | None:
         """Return the kind of tensor that an action needs from another stage, and that stage's rank."""
         if action.kind == "F" and action.stage > 0:
-            return ACTIVATION, self._schedule.ranks[action.stage - 1]
+            return ACTIVATION, self.schedule.ranks[action.stage - 1]
         if action.kind in "BI" and action.stage < self._last_stage:
-            return GRADIENT, self._schedule.ranks[action.stage + 1]
+            return GRADIENT, self.schedule.ranks[action.stage + 1]
         return None
 
     def _expect(self, step: _Step, action: Action) -> None:
@@ -213,17 +216,21 @@ class Executor:
             work = self._channels.receive(tensor, source[1], source[0])
             step.expected[source[0], action.stage, action.microbatch] = tensor, work
 
-    def _take(self, step: _Step, kind: str, stage: int, m: int) -> torch.Tensor:
-        """Return what a stage was given, from this rank or another."""
-        if (kind, stage, m) in step.arrived:
-            return step.arrived.pop((kind, stage, m))
-        tensor, work = step.expected.pop((kind, stage, m))
+    def _take(self, step: _Step, action: Action) -> torch.Tensor | None:
+        """Return what an action needs from another stage, on this rank or another; None if it needs nothing."""
+        source = self._source(action)
+        if source is None:
+            return None
+        key = source[0], action.stage, action.microbatch
+        if key in step.arrived:
+            return step.arrived.pop(key)
+        tensor, work = step.expected.pop(key)
         work.wait()
         return tensor
 
     def _give(self, step: _Step, kind: str, stage: int, m: int, tensor: torch.Tensor) -> None:
         """Hand a tensor to the stage that needs it."""
-        target = self._schedule.ranks[stage]
+        target = self.schedule.ranks[stage]
         if target == self._rank:
             step.arrived[kind, stage, m] = tensor
             return

@@ -16,12 +16,11 @@ from typing import Any, Literal, cast
 
 import yaml
 
+from shardwright.conf.checks import CHUNKS
 from shardwright.parallel.pipeline import generate
 
 Kind = Literal["F", "B", "I", "W"]
 Result = tuple[int, str, int]  # stage that made it, "activation" or "gradient", microbatch
-
-SCHEDULES = {"gpipe": "1", "1f1b": "1", "interleaved_1f1b": "2 or more", "zb_h1": "1", "zbv": "2"}  # -> chunks per rank
 
 
 class ScheduleError(Exception):
@@ -252,6 +251,16 @@ def peak_live(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peak_live_of(actions) for actions in schedule.actions)
 
 
+def live_at_peak(schedule: Schedule, rank: int) -> dict[int, int]:
+    """Return stage -> microbatches between forward and backward, at the moment when the rank has most of them."""
+    live = dict.fromkeys(schedule.stages_of(rank), 0)
+    peak = live
+    for action in schedule.actions[rank]:
+        live = {**live, action.stage: live[action.stage] + _live_change(action)}
+        peak = max(peak, live, key=lambda counts: sum(counts.values()))
+    return peak
+
+
 def peak_live_of(actions: Iterable[Action]) -> int:
     """Return the same for the actions of one rank in order."""
     live = peak = 0
@@ -266,15 +275,15 @@ def _live_change(action: Action) -> int:
 
 
 def _check_counts(kind: str, num_ranks: int, num_chunks: int, num_microbatches: int) -> None:
-    if kind not in SCHEDULES:
-        raise ScheduleError(f"schedule {kind!r} is unknown; use one of {', '.join(SCHEDULES)} or a .yaml table")
+    if kind not in CHUNKS:
+        raise ScheduleError(f"schedule {kind!r} is unknown; use one of {', '.join(CHUNKS)} or a .yaml table")
     for name, count in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches)):
         if count < 1:
             raise ScheduleError(f"{name}={count} is less than 1; use 1 or more")
-    chunks = SCHEDULES[kind]
-    fits = num_chunks >= 2 if kind == "interleaved_1f1b" else num_chunks == int(chunks)
-    if not fits:
-        raise ScheduleError(f"num_chunks={num_chunks} does not fit {kind}, whose ranks hold {chunks}; use {chunks}")
+    least, most = CHUNKS[kind]
+    if not least <= num_chunks <= most:
+        fitting = least if least == most else f"{least} or more"
+        raise ScheduleError(f"num_chunks={num_chunks} does not fit {kind}, whose ranks hold {fitting}; use {fitting}")
 
 
 def _parse_table(table: Any, name: str) -> Schedule:

@@ -1,5 +1,6 @@
 """What several tests need: processes by fork, small runs, and their records."""
 
+import faulthandler
 import json
 import logging
 import os
@@ -7,7 +8,9 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import datasets
@@ -56,19 +59,9 @@ def fork(num_processes, function, *args):
 
     A process that was killed gives its negative signal; one that raised fails the test with its traceback.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [_start(rank, num_processes, port, function, args) for rank in range(num_processes)]
     results, failures = [], []
-    for rank, (pid, pipe) in enumerate(children):
-        with os.fdopen(pipe, "rb") as stream:
-            data = stream.read()
-        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if not data:
-            results.append(status)
-            continue
-        ok, value = pickle.loads(data)
+    for rank, (status, outcomes) in enumerate(_fork(num_processes, function, [args])):
+        ok, value = outcomes[0] if outcomes else (True, status)
         results.append(value)
         if not ok:
             failures.append(f"rank {rank}:\n{value}")
@@ -76,13 +69,55 @@ def fork(num_processes, function, *args):
     return results
 
 
-def _start(rank, num_processes, port, function, args):
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(write)
-        return pid, read
-    os.close(read)
+def fork_each(num_processes, function, calls, timeout_seconds=60):
+    """Run function(*calls[name]) for every name, in one group of forked processes as long as all goes well.
+
+    Return name -> results by rank, or a text that says what went wrong: a process that raises or takes too long ends at
+    once, which makes its peers fail too; a new group goes on with the names that are left.
+    """
+    results, names = {}, list(calls)
+    while names:
+        ranks = _fork(num_processes, function, [calls[name] for name in names], timeout_seconds)
+        num_done = min(sum(ok for ok, _ in outcomes) for _, outcomes in ranks)
+        for index, name in enumerate(names[:num_done]):
+            results[name] = [outcomes[index][1] for _, outcomes in ranks]
+        for name in names[num_done : num_done + 1]:
+            results[name] = "\n".join(_tell(rank, *ended, num_done) for rank, ended in enumerate(ranks))
+        names = names[num_done + 1 :]
+    return results
+
+
+def _tell(rank, status, outcomes, index):
+    said = f"ended with status {status}; 1 is that of a process that took too long, and said where on stderr"
+    return f"rank {rank}: {outcomes[index][1] if index < len(outcomes) else said}"
+
+
+def _fork(num_processes, function, calls, timeout_seconds=None):
+    """Return for each rank its exit status, and (ok, value) of its calls up to the first that failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ExitStack() as files:
+        outcomes = [files.enter_context(tempfile.TemporaryFile()) for _ in range(num_processes)]
+        pids = [
+            os.fork() or _work(num_processes, port, rank, file, function, calls, timeout_seconds)
+            for rank, file in enumerate(outcomes)
+        ]
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        return [(status, _read(file)) for status, file in zip(statuses, outcomes, strict=True)]
+
+
+def _read(file):
+    file.seek(0)
+    outcomes = []
+    with suppress(EOFError):
+        while True:
+            outcomes.append(pickle.load(file))
+    return outcomes
+
+
+def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
+    """Be the process of a rank; does not return."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -92,12 +127,23 @@ def _start(rank, num_processes, port, function, args):
     )
     torch.set_num_threads(1)
     try:
-        result = True, function(*args)
+        for args in calls:
+            if timeout_seconds is not None:
+                faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)
+            ok, value = _outcome(function, args)
+            pickle.dump((ok, value), file)
+            file.flush()
+            if not ok:
+                break
+    finally:
+        os._exit(0)
+
+
+def _outcome(function, args):
+    try:
+        return True, function(*args)
     except BaseException:
-        result = False, traceback.format_exc()
-    with os.fdopen(write, "wb") as stream:
-        stream.write(pickle.dumps(result))
-    os._exit(0)
+        return False, traceback.format_exc()
 
 
 def train(overrides, at_step=None):

@@ -93,13 +93,13 @@ def assert_same(ours, theirs):
     assert all(bool(a.abs().sum() > 0) for a in theirs)
 
 
-def fused(reference):
+def fused(reference, hoards=False):
     """A kernel as fused ones are: it saves what it takes, and nothing of what it computes on the way."""
 
     class Fused(torch.autograd.Function):
         @staticmethod
         def forward(ctx, call, *tensors):
-            ctx.call = call
+            ctx.call, ctx.hoard = call, tensors if hoards else ()  # unseen by hooks
             ctx.save_for_backward(*tensors)
             return call(*tensors)
 
@@ -125,6 +125,9 @@ PLAIN = Kernels()
 FUSED = Kernels(
     attention=fused(PLAIN.attention), rms_norm=fused(PLAIN.rms_norm), rope=PLAIN.rope, swiglu=fused(PLAIN.swiglu)
 )
+
+
+HOARDING = replace(FUSED, swiglu=fused(PLAIN.swiglu, hoards=True))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -452,7 +455,7 @@ def plan_of(caplog):
     return line, saved * GIB, of * GIB
 
 
-@pytest.mark.parametrize("kernels", [PLAIN, SDPA, FUSED], ids=["reference", "torch", "fused"])
+@pytest.mark.parametrize("kernels", [PLAIN, SDPA, FUSED, HOARDING], ids=["reference", "torch", "fused", "hoarding"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 1.0])
 def test_a_budget_is_kept_and_used(caplog, kernels, dtype, part):
@@ -472,14 +475,21 @@ def test_a_budget_is_kept_and_used(caplog, kernels, dtype, part):
     assert saved >= 0.75 * allowed
 
 
-def test_the_plan_is_logged_once_for_all_blocks(caplog):
+def test_blocks_may_differ(caplog):
     caplog.set_level(logging.INFO, "shardwright.parallel")
-    layers, x = make_layers(4, kernels=FUSED), make_input()
-    layers.append(make_layers(1, kernels=FUSED, intermediate_size=2 * M)[0])
-    recompute(layers, budget(1e9))
-    forward(layers, x)
-    forward(layers, x)
-    assert plan_of(caplog)[0].startswith("recompute of 5 blocks: 5 keep everything; saved activations")
+
+    def make():
+        wide = make_layers(1, kernels=FUSED, intermediate_size=2 * M)
+        return nn.ModuleList([*make_layers(3, kernels=FUSED), *wide])
+
+    expected = gradients(make(), make_input())
+    for num_bytes, words in ((1e9, "4 keep everything"), (4 * TOKENS * C * 4, "4 keep inputs only")):
+        caplog.clear()
+        layers = make()
+        recompute(layers, budget(num_bytes))
+        for _ in range(2):
+            assert_same(gradients(layers, make_input()), expected)
+        assert plan_of(caplog)[0].startswith(f"recompute of 4 blocks: {words}; saved activations")
 
 
 def test_microbatches_that_are_live_at_once_count(caplog):

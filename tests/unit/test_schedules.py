@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
+from shardwright.conf.checks import CHUNKS
 from shardwright.parallel.pipeline.schedule import (
-    SCHEDULES,
     Action,
     Schedule,
     ScheduleError,
@@ -44,26 +44,26 @@ def timeline(schedule: Schedule, **costs: float):
 # ---- every table runs, within its bound
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", CHUNKS)
 def test_random_tables_pass(kind):
     rng = random.Random(kind)
     for _ in range(60):
         P, M = rng.randint(1, 16), rng.randint(1, 64)
-        V = rng.randint(2, 4) if kind == "interleaved_1f1b" else int(SCHEDULES[kind])
+        V = rng.randint(2, 4) if kind == "interleaved_1f1b" else CHUNKS[kind][0]
         schedule = make(kind, P, M, V)
         check(schedule, live_bound(kind, P, V, M))
         assert schedule.splits_backward == kind.startswith("z")
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", CHUNKS)
 @pytest.mark.parametrize("P", range(1, 8))
 def test_every_small_table_passes(kind, P):
     for M in range(1, 2 * P + 3):
-        for V in (2, 3) if kind == "interleaved_1f1b" else (int(SCHEDULES[kind]),):
+        for V in (2, 3) if kind == "interleaved_1f1b" else (CHUNKS[kind][0],):
             check(make(kind, P, M, V), live_bound(kind, P, V, M))
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", CHUNKS)
 def test_bound_is_reached(kind):
     V = 2 if kind in ("interleaved_1f1b", "zbv") else 1
     for P, M in ((1, 3), (2, 2), (4, 3), (4, 8), (4, 11), (8, 32)):
@@ -259,7 +259,7 @@ def test_live_limit():
 def test_one_change_of_a_good_table_is_found():
     rng = random.Random(0)
     for _ in range(150):
-        schedule = make(rng.choice(list(SCHEDULES)), rng.randint(1, 5), rng.randint(1, 8))
+        schedule = make(rng.choice(list(CHUNKS)), rng.randint(1, 5), rng.randint(1, 8))
         rows = [list(row) for row in schedule.actions]
         rank = rng.randrange(len(rows))
         place = rng.randrange(len(rows[rank]))
@@ -304,7 +304,7 @@ def test_wrong_counts_are_refused(arguments, message):
 # ---- files
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", CHUNKS)
 def test_yaml_round_trip(kind, tmp_path):
     path = tmp_path / f"{kind}.yaml"
     schedule = make(kind, 3, 7)
