@@ -89,7 +89,10 @@ def explain(error: Exception) -> ConfigError:
     """Turn an error of Hydra or OmegaConf into value, rule and remedy."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return ConfigError(_unknown_key(match[1]))
+        composed = getattr(
+            error.__cause__, "parent_node", None
+        )  # has the keys of families whose plugin is not imported
+        return ConfigError(_unknown_key(match[1], present=list(composed or ())))
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is not set; it has no default; add {error.full_key}=VALUE")
     if match := re.search(r"Could not find '([^']+)/([^']+)'", text):
@@ -100,11 +103,13 @@ def explain(error: Exception) -> ConfigError:
     return ConfigError(f"the command line or a YAML file does not compose: {reason}; --help lists what is accepted")
 
 
-def _unknown_key(path: str) -> str:
+def _unknown_key(path: str, present: Sequence[str] = ()) -> str:
+    """Say that a path is no setting; `present` are the keys beside it, if it is known which these are."""
     *parents, key = path.split(".")
     known, parent = _fields_under(parents), ".".join(parents)
     if key in known:
         return f"{path} has no meaning here; it belongs to another choice of {parent}; choose that one or drop {path}"
+    known = sorted(present) or known
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     remedy = f"did you mean {'.'.join([*parents, close[0]])}?" if close else f"known here: {', '.join(known) or 'none'}"
     return f"{path} is not a setting; only known keys are accepted; {remedy}"

@@ -134,9 +134,10 @@ class Provenance:
 
     def call(self, names: tuple[str, ...], function: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the op and remember how its outputs came about."""
+        held, named = [self._hold(x) for x in args], {key: self._hold(x) for key, x in kwargs.items()}
         outputs = function(*args, **kwargs)
         tensors = as_tuple(outputs)
-        recipe = Recipe(function, [*map(self._hold, args)], {k: self._hold(x) for k, x in kwargs.items()}, tensors)
+        recipe = Recipe(function, held, named, tensors)
         for index, tensor in new_tensors(tensors, args, kwargs):
             storage = StorageWeakRef(tensor.untyped_storage())
             self.origins[storage.cdata] = Origin(storage, recipe, index, tensor._version, tensor.dtype)

@@ -91,7 +91,9 @@ def _state(model: FSDPModule) -> Any:
 
 
 def _groups(root: Any) -> list[Any]:
-    """Return the parameter groups of a root and all below it (torch 2.13: several per module)."""
-    states = root._state_ctx.all_states
-    groups = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
-    return [group for several in groups for group in several if group is not None]
+    """Return the parameter groups of a root and all below it: of each module a list, before torch 2.13 one or none."""
+    groups = []
+    for state in root._state_ctx.all_states:
+        several = getattr(state, "_fsdp_param_groups", None)
+        groups += [state._fsdp_param_group] if several is None else several
+    return [group for group in groups if group is not None]

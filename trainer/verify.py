@@ -26,7 +26,7 @@ from shardwright.parallel.apply import Layout, apply, lay_out
 from shardwright.parallel.mesh import AXES, Mesh
 from shardwright.parallel.world import World
 from shardwright.trainer.build import make_plain_model, plan_share
-from shardwright.trainer.engine import StepValues
+from shardwright.trainer.engine import StepResult, StepValues
 from shardwright.trainer.native import NativeEngine
 from shardwright.trainer.optim import make_optimizer
 
@@ -199,14 +199,16 @@ def _train(subject: Subject, num_steps: int) -> _Record:
     config, mesh, device = subject.config, subject.mesh, subject.device
     model = apply(subject.model, subject.layout, mesh, config, device=device, compute_dtype=torch.float32)
     engine = NativeEngine(model, make_optimizer(config.optim, model), mesh, device, config.optim.max_grad_norm)
-    values, gradients = [], []
+    backward, gradients, values = engine.backward, [], []
+
+    def watched(batches: Sequence[Batch]) -> StepResult:
+        result = backward(batches)
+        gradients.append(_copy((name, p.grad) for name, p in model.named_parameters() if p.grad is not None))
+        return result
+
+    engine.backward = watched  # a step drops its gradients once it has used them
     for step in range(1, num_steps + 1):
         batches = synthetic_batches(config.train.seed, step, subject.share, config.model.vocab_size)
-        if step in (1, num_steps):
-            engine.backward(batches)
-            gradients.append(_copy((name, p.grad) for name, p in model.named_parameters() if p.grad is not None))
-            for parameter in model.parameters():
-                parameter.grad = None
         values.append(engine.read(engine.train_step(batches, lr=config.optim.peak_lr)))
     weights = _copy(pair for stage in model.stages.values() for pair in stage.named_parameters())
     return _Record(values, [gradients[0], gradients[-1], weights])
@@ -241,18 +243,16 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
     last = len(layout.values)
     kinds = [(GRADIENT, 1), (GRADIENT, last), (WEIGHT, last)]
     for (quantity, step), ours, theirs in zip(kinds, layout.pieces, oracle.pieces, strict=True):
-        found: dict[str, list[Piece]] = {name: [] for name, _ in ours}
+        whole = {name: piece.tensor for name, piece in theirs}
+        found: dict[str, list[Piece]] = {name: [] for name in (*whole, *(name for name, _ in ours))}
         for name, piece in ours:
             found[name].append(piece)
-        whole = {name: piece.tensor for name, piece in theirs}
-        wrong = {name: "is missing" for name in whole.keys() - found.keys()}
-        wrong |= {name: "is not in the plain model" for name in found.keys() - whole.keys()}
-        wrong |= {
-            name: fault for name in whole.keys() & found.keys() if (fault := _find_fault(found[name], whole[name]))
-        }
-        faults += [f"{quantity} of step {step}: {name} {wrong[name]}" for name in sorted(wrong)]
-        for name in (name for name in whole if name not in wrong):
-            x, y, distance = _measure(found[name], whole[name])
+        for name, pieces in found.items():
+            fault = _find_fault(pieces, whole.get(name))
+            if fault:
+                faults.append(f"{quantity} of step {step}: {name} {fault}")
+                continue
+            x, y, distance = _measure(pieces, whole[name])
             scale = max(y, _floor(quantity, whole[name].numel(), oracle.values[step - 1].grad_norm, last, config))
             tolerance = _tolerance(quantity, config)
             comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, scale), tolerance))
@@ -275,8 +275,12 @@ def _floor(quantity: str, num_elements: int, whole_norm: float, num_steps: int, 
     return num_steps * config.optim.peak_lr * math.sqrt(num_elements)
 
 
-def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor) -> str | None:
-    """Say how pieces fail to make up a whole tensor, if they do."""
+def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor | None) -> str | None:
+    """Say how pieces fail to make up a tensor of the plain model, if they do."""
+    if whole is None:
+        return "is not in the plain model"
+    if not pieces:
+        return "is missing"
     covered = torch.zeros(whole.shape, dtype=torch.bool)
     for piece in pieces:
         if piece.shape != tuple(whole.shape):
@@ -289,7 +293,7 @@ def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor) -> str | None:
 
 
 def _measure(pieces: Sequence[Piece], whole: torch.Tensor) -> tuple[float, float, float]:
-    """Return the norms of what pieces make up, of the oracle's tensor and of the difference; of copies the worst counts."""
+    """Return the norms of what pieces make up, of the oracle's tensor and of the difference; the worst copy counts."""
     whole = whole.double()
     value, error = torch.zeros_like(whole), torch.zeros_like(whole)
     for piece in pieces:

@@ -142,6 +142,11 @@ def test_what_is_wrong_with_it_is_said(own, override, message):
     assert message in refused([*overrides, *(["run.name=x"] if override == "~model.name" else []), override])
 
 
+def test_its_keys_are_known_before_it_is_imported(own):
+    message = refused([*selected(own), "model.widht=3"])
+    assert message == "model.widht is not a setting; only known keys are accepted; did you mean model.width?"
+
+
 def test_without_the_plugin_its_kind_is_unknown(own):
     message = refused([selected(own)[0], "model=bigram"])
     assert message == "model.kind=bigram is not registered; known: llama; add the module that registers it to plugins"

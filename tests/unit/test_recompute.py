@@ -125,8 +125,6 @@ PLAIN = Kernels()
 FUSED = Kernels(
     attention=fused(PLAIN.attention), rms_norm=fused(PLAIN.rms_norm), rope=PLAIN.rope, swiglu=fused(PLAIN.swiglu)
 )
-
-
 HOARDING = replace(FUSED, swiglu=fused(PLAIN.swiglu, hoards=True))
 
 
@@ -240,25 +238,18 @@ def results_of_recipes():
 
 
 def test_nothing_is_left_after_backward():
-    layers = make_layers(kernels=FUSED)
-    watched = []
-    for layer in layers:
-        inner = layer.feed_forward.kernels.swiglu
+    def watch(gate, up):
+        out = FUSED.swiglu(gate, up)
+        watched.extend(weakref.ref(x) for x in (gate, up, out))
+        return out
 
-        def watch(gate, up, inner=inner):
-            out = inner(gate, up)
-            watched.extend(weakref.ref(x) for x in (gate, up, out))
-            return out
-
-        layer.feed_forward.kernels = replace(layer.feed_forward.kernels, swiglu=watch)
+    watched, layers = [], make_layers(kernels=replace(FUSED, swiglu=watch))
     recompute(layers, selective(*ALL))
     gc.disable()  # what would need the collector is a leak
     try:
         loss = loss_of(forward(layers, make_input()))
-        num_forward = len(watched)
         assert results_of_recipes() == (20, 0)  # a layer's norms, q, k, v, both rotations, gate, up, swiglu
         loss.backward()
-        assert len(watched) == 2 * num_forward == 12
         assert [ref() for ref in watched] == [None] * 12
         assert results_of_recipes() == (0, 0)
     finally:
@@ -337,25 +328,16 @@ def test_blocks_of_any_kind(in_place):
     assert_same(run(FULL), run(NONE))
 
 
-class Overwriting(nn.Module):
-    """A block that spoils what its norm needs."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(C)
-
-    def forward(self, x):
-        y = x * 2
-        z = self.norm(y)
-        y.add_(1)
-        return y + z * z
-
-
 def test_saved_tensors_that_were_overwritten_are_refused():
-    block = Overwriting()
-    recompute([block], selective("norms"))
+    def spoil(gate, up):
+        out = PLAIN.swiglu(gate, up)
+        gate.add_(1)
+        return out
+
+    layers = make_layers(1, kernels=replace(PLAIN, swiglu=spoil))
+    recompute(layers, selective("swiglu"))
     with pytest.raises(RuntimeError, match="changed in place after it was saved"):
-        block(make_input()).sum().backward()
+        loss_of(forward(layers, make_input())).backward()
 
 
 def test_an_op_that_is_not_a_function_is_refused():
@@ -372,34 +354,33 @@ def test_an_op_that_is_not_a_function_is_refused():
         loss_of(forward(layers, make_input())).backward()
 
 
-@pytest.mark.parametrize("views", [False, True], ids=["several storages", "one storage"])
-def test_one_call_may_make_several_products(views):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight, self.calls = nn.Parameter(torch.linspace(-1, 1, 3 * C * C).view(3 * C, C)), 0
+class Joint(nn.Module):
+    """A block with one product for three, which are views of one storage."""
 
-        def products(self, x):
-            self.calls += 1
-            out = F.linear(x, self.weight)
-            return out.split(C, -1) if views else tuple(part.clone() for part in out.split(C, -1))
+    def __init__(self):
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.linspace(-1, 1, 3 * C * C).view(3 * C, C)), 0
 
-        def forward(self, x):
-            q, k, v = self.products(x)
-            return x + q * k.sigmoid() * v
+    def products(self, x):
+        self.calls += 1
+        return F.linear(x, self.weight).split(C, -1)
 
+    def forward(self, x):
+        q, k, v = self.products(x)
+        return x + q * k.sigmoid() * v
+
+
+def test_one_call_may_make_several_products():
     def run(ops):
-        block, x = Block(), make_input()
+        block, x = Joint(), make_input()
         recomputed = RecomputedBlock(block)
         block.products = recomputed.remember(block.products, "q", "k", "v")
-        recomputed.ops = ops
+        recomputed.ops = frozenset(ops)
         loss = loss_of(block(x))
-        found = [loss.detach(), *torch.autograd.grad(loss, [x, block.weight])]
-        return found, block.calls
+        return block, [loss.detach(), *torch.autograd.grad(loss, [x, block.weight])]
 
-    expected, once = run(frozenset())
-    found, twice = run(frozenset({"k"}))
-    assert (once, twice) == (1, 2)
+    (once, expected), (twice, found) = run(()), run(("k",))
+    assert (once.calls, twice.calls) == (1, 2)
     assert_same(found, expected)
 
 
@@ -456,8 +437,7 @@ def plan_of(caplog):
 
 
 @pytest.mark.parametrize("kernels", [PLAIN, SDPA, FUSED, HOARDING], ids=["reference", "torch", "fused", "hoarding"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("part", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("part", "dtype"), [(0.45, torch.float32), (0.7, torch.bfloat16), (1.0, torch.float32)])
 def test_a_budget_is_kept_and_used(caplog, kernels, dtype, part):
     x = make_input(dtype)
 
@@ -468,9 +448,10 @@ def test_a_budget_is_kept_and_used(caplog, kernels, dtype, part):
     layers = make_layers(6, kernels=kernels, dtype=dtype)
     whole = measure_saved_bytes(embedded)
     recompute(layers, budget(part * whole))
-    saved = measure_saved_bytes(embedded)
+    embedded()
+    saved = allocated(embedded)
     _, predicted, allowed = plan_of(caplog)
-    assert abs(saved - predicted) <= 0.02 * predicted
+    assert abs(saved - predicted) <= 0.02 * predicted  # three digits are logged
     assert saved <= 1.01 * allowed
     assert saved >= 0.75 * allowed
 
