@@ -90,7 +90,7 @@ class Mesh:
             (pipeline, replicate, shard * context, tensor),
             mesh_dim_names=("pipeline", "replicate", _WEIGHTS, TENSOR),
         )
-        axes_mesh = device_mesh._unflatten(_WEIGHTS, (shard, context), ("shard", "context"))
+        axes_mesh = device_mesh._unflatten(2, (shard, context), ("shard", "context"))
         return replace(self, device_mesh=device_mesh, axes_mesh=axes_mesh)
 
     def get(self, axis: str) -> DeviceMesh:
