@@ -89,9 +89,7 @@ def explain(error: Exception) -> ConfigError:
     """Turn an error of Hydra or OmegaConf into value, rule and remedy."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        composed = getattr(
-            error.__cause__, "parent_node", None
-        )  # has the keys of families whose plugin is not imported
+        composed = getattr(error.__cause__, "parent_node", None)  # knows keys of families not imported
         return ConfigError(_unknown_key(match[1], present=list(composed or ())))
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is not set; it has no default; add {error.full_key}=VALUE")

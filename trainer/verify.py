@@ -31,8 +31,7 @@ from shardwright.trainer.native import NativeEngine
 from shardwright.trainer.optim import make_optimizer
 
 NUM_STEPS = 3
-TOLERANCE = 1e-5
-RING_TOLERANCE = 1e-4  # of gradients: the ring adds up attention's softmax in another order
+TOLERANCE = 1e-5  # greatest relative difference that passes
 GRADIENT_FLOOR = 1e-2  # of the whole gradient's norm: what a parameter's difference is at least compared with
 ADAM_EPS = 1e-3  # with a small one, elements whose gradient is rounding noise move by a whole learning rate
 
@@ -52,7 +51,6 @@ class Comparison:
         layout: the layout's value; a parameter's L2 norm.
         oracle: the oracle's.
         difference: relative to the oracle's; for a parameter, norm of the difference over `_scale`.
-        tolerance: the greatest difference that passes.
     """
 
     quantity: str
@@ -61,12 +59,11 @@ class Comparison:
     layout: float
     oracle: float
     difference: float
-    tolerance: float
 
     @property
     def passed(self) -> bool:
         """Whether both are finite and alike."""
-        return math.isfinite(self.layout) and math.isfinite(self.oracle) and self.difference <= self.tolerance
+        return math.isfinite(self.layout) and math.isfinite(self.oracle) and self.difference <= TOLERANCE
 
     @property
     def ratio(self) -> float:
@@ -88,8 +85,8 @@ class Report:
 
     @property
     def worst(self) -> Comparison:
-        """The comparison that is nearest to its tolerance, or furthest beyond."""
-        return max(self.comparisons, key=_excess)
+        """The comparison with the largest difference."""
+        return max(self.comparisons, key=_badness)
 
     def of_steps(self) -> list[Comparison]:
         """Return the comparisons of whole steps, in order."""
@@ -97,7 +94,7 @@ class Report:
 
     def of_parameters(self, quantity: str) -> list[Comparison]:
         """Return the comparisons of gradients or weights, worst first."""
-        return sorted((c for c in self.comparisons if c.name and c.quantity == quantity), key=_excess, reverse=True)
+        return sorted((c for c in self.comparisons if c.name and c.quantity == quantity), key=_badness, reverse=True)
 
 
 def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> Report:
@@ -239,7 +236,7 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
     comparisons, faults = [], []
     for step, (a, b) in enumerate(zip(layout.values, oracle.values, strict=True), start=1):
         for quantity, x, y in (("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm)):
-            comparisons.append(Comparison(quantity, step, "", x, y, _ratio(abs(x - y), abs(y)), TOLERANCE))
+            comparisons.append(Comparison(quantity, step, "", x, y, _ratio(abs(x - y), abs(y))))
     last = len(layout.values)
     kinds = [(GRADIENT, 1), (GRADIENT, last), (WEIGHT, last)]
     for (quantity, step), ours, theirs in zip(kinds, layout.pieces, oracle.pieces, strict=True):
@@ -254,14 +251,8 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
                 continue
             x, y, distance = _measure(pieces, whole[name])
             scale = max(y, _floor(quantity, whole[name].numel(), oracle.values[step - 1].grad_norm, last, config))
-            tolerance = _tolerance(quantity, config)
-            comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, scale), tolerance))
+            comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, scale)))
     return Report(tuple(comparisons), tuple(faults))
-
-
-def _tolerance(quantity: str, config: TrainConfig) -> float:
-    ring = config.parallel.context > 1 and config.parallel.context_mode == "ring"
-    return RING_TOLERANCE if ring and quantity == GRADIENT else TOLERANCE
 
 
 def _floor(quantity: str, num_elements: int, whole_norm: float, num_steps: int, config: TrainConfig) -> float:
@@ -312,6 +303,5 @@ def _ratio(x: float, y: float) -> float:
     return 1.0 if x == y != 0 else x / max(y, _TINY)
 
 
-def _excess(comparison: Comparison) -> float:
-    difference = comparison.difference / comparison.tolerance
-    return difference if comparison.passed or difference > 1 else math.inf
+def _badness(comparison: Comparison) -> float:
+    return comparison.difference if math.isfinite(comparison.difference) else math.inf

@@ -4,35 +4,16 @@ Three steps in float32 on packed documents, with accumulation and clipping. One 
 of a number of processes.
 """
 
-import os
-import time
+from collections import Counter
+from functools import cache
 
 import pytest
-import torch
-import torch.distributed as dist
-from support import fork_each
+from support import TINY, fork_each, spell_out, started_world
 
 from shardwright.conf.load import load_config
-from shardwright.parallel.world import World
 from shardwright.trainer.verify import verify
 
-BASE = """model.vocab_size=96 model.hidden_size=32 model.intermediate_size=48 model.num_layers=4 model.num_heads=4
-model.num_kv_heads=2 model.head_dim=8 model.tied_embeddings=false train.sequence_length=32
-train.global_batch_sequences=4 train.microbatch_sequences=1 optim.peak_lr=1e-3 optim.max_grad_norm=0.5"""
-
-SHORT = {
-    "batch": "train.global_batch_sequences",
-    "microbatch": "train.microbatch_sequences",
-    "schedule": "parallel.pipeline_schedule",
-    "chunks": "parallel.pipeline_chunks",
-    "overlap": "parallel.tensor_overlap",
-    "mode": "parallel.context_mode",
-    "layers": "model.num_layers",
-    "tied": "model.tied_embeddings",
-    "parallel_block": "model.parallel_block",
-    "window": "model.sliding_window",
-    **{key: f"parallel.{key}" for key in ("pipeline", "replicate", "shard", "context", "tensor", "zero")},
-}
+MAX_NORM = 0.5
 
 LAYOUTS = {
     1: """
@@ -82,11 +63,11 @@ LAYOUTS = {
     replicate=3 batch=6
     """,
     4: """
-    tensor=4
-    tensor=4 overlap=chunked
+    tensor=4 batch=2
+    tensor=4 overlap=chunked batch=2
     tensor=4 tied=true parallel_block=true microbatch=2
-    context=4
-    context=4 mode=ulysses
+    context=4 batch=2
+    context=4 mode=ulysses batch=2
     pipeline=2 replicate=2
     pipeline=2 shard=2
     pipeline=2 context=2
@@ -96,9 +77,9 @@ LAYOUTS = {
     replicate=2 tensor=2
     shard=2 context=2
     shard=2 tensor=2
-    context=2 tensor=2
+    context=2 tensor=2 batch=2
     context=2 tensor=2 window=7 microbatch=2
-    context=2 mode=ulysses tensor=2 overlap=chunked
+    context=2 mode=ulysses tensor=2 overlap=chunked batch=2
     pipeline=2 schedule=interleaved_1f1b shard=2
     pipeline=2 schedule=zb_h1 shard=2
     pipeline=2 schedule=zbv shard=2 tied=true
@@ -115,10 +96,7 @@ LAYOUTS = {
     pipeline=2 schedule=zbv shard=2 tensor=2 recompute=full
     """,
 }
-NAMES = {
-    processes: [" ".join(line.split()) for line in text.split("\n") if line.strip()]
-    for processes, text in LAYOUTS.items()
-}
+NAMES = {processes: [line.strip() for line in text.strip().splitlines()] for processes, text in LAYOUTS.items()}
 
 # Stages in a V, with whole and split backwards of the same stages.
 TABLE = """
@@ -129,43 +107,44 @@ ranks:
 """
 
 
-def overrides(name, table):
-    words = [word.partition("=") for word in name.format(table=table).split()]
-    return [*BASE.split(), *(f"{SHORT.get(key, key)}={value}" for key, _, value in words)]
-
-
 def compare(config):
-    world = World.from_environment("cpu")
-    if not dist.is_initialized():
-        world.start()
-    begin = time.perf_counter()
-    r = verify(config, world)
-    if world.rank == 0:
-        os.write(2, f"{time.perf_counter() - begin:.2f} {os.getpid()}\n".encode())
-    return r
+    return verify(config, started_world())
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Number of processes -> name -> report, or what went wrong."""
+    """Return a function: number of processes -> name -> report on each process, or what went wrong."""
     table = tmp_path_factory.mktemp("schedule") / "mixed.yaml"
     table.write_text(TABLE)
-    known = {}
 
+    def configs(processes):
+        for name in NAMES[processes]:
+            yield name, [load_config([*TINY, f"optim.max_grad_norm={MAX_NORM}", *spell_out(name.format(table=table))])]
+
+    @cache
     def of(processes):
-        if processes not in known:
-            calls = {name: (load_config(overrides(name, table)),) for name in NAMES[processes]}
-            known[processes] = fork_each(processes, compare, calls)
-        return known[processes]
+        return fork_each(processes, compare, dict(configs(processes)))
 
     return of
 
 
-@pytest.mark.parametrize(
-    ("processes", "name"), [(processes, name) for processes, names in NAMES.items() for name in names]
-)
+@pytest.mark.parametrize(("processes", "name"), [(processes, name) for processes in NAMES for name in NAMES[processes]])
 def test_layout(reports, processes, name):
     found = reports(processes)[name]
     assert not isinstance(found, str), found
     report = found[0]
     assert report.passed, (report.faults, report.worst)
+    ring = "context" in name and "ulysses" not in name
+    for c in report.comparisons:
+        assert c.difference <= (1e-4 if ring and c.quantity == "gradient" else 1e-5), c
+        assert abs(c.ratio - 1) <= 1e-4, c
+    counts = Counter((c.quantity, c.step) for c in report.comparisons)
+    num_parameters = counts["weight", 3]
+    steps = {(quantity, step): 1 for quantity in ("loss", "gradient norm") for step in (1, 2, 3)}
+    assert num_parameters > 10
+    assert counts == steps | {
+        ("gradient", 1): num_parameters,
+        ("gradient", 3): num_parameters,
+        ("weight", 3): num_parameters,
+    }
+    assert all(c.oracle > MAX_NORM for c in report.of_steps() if c.quantity == "gradient norm"), "every step is clipped"

@@ -16,11 +16,17 @@ from pathlib import Path
 import datasets
 import torch
 import torch._inductor
+import torch.distributed as dist
 
 from shardwright.conf.load import load_config, to_dict
 from shardwright.observe.log import configure_logging
+from shardwright.parallel.apply import apply
+from shardwright.parallel.world import World
 from shardwright.trainer.build import build
 from shardwright.trainer.loop import train as loop
+from shardwright.trainer.native import NativeEngine
+from shardwright.trainer.optim import make_optimizer
+from shardwright.trainer.verify import Subject, synthetic_batches
 
 # What a deterministic run on text loads is loaded here, so that forked processes have it.
 LOADED = (datasets, torch._inductor, load_config())
@@ -47,6 +53,42 @@ SMALL = [
     "optim.peak_lr=1e-3",
     "data=files",
 ]
+
+
+TINY = [
+    "model.vocab_size=96",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_layers=4",
+    "model.num_heads=4",
+    "model.num_kv_heads=2",
+    "model.head_dim=8",
+    "model.tied_embeddings=false",
+    "train.sequence_length=32",
+    "train.global_batch_sequences=4",
+    "train.microbatch_sequences=1",
+    "optim.peak_lr=1e-3",
+]
+
+SHORT = {
+    "batch": "train.global_batch_sequences",
+    "microbatch": "train.microbatch_sequences",
+    "schedule": "parallel.pipeline_schedule",
+    "chunks": "parallel.pipeline_chunks",
+    "overlap": "parallel.tensor_overlap",
+    "mode": "parallel.context_mode",
+    "layers": "model.num_layers",
+    "tied": "model.tied_embeddings",
+    "parallel_block": "model.parallel_block",
+    "window": "model.sliding_window",
+    **{key: f"parallel.{key}" for key in ("pipeline", "replicate", "shard", "context", "tensor", "zero")},
+}
+
+
+def spell_out(layout):
+    """Overrides of a layout in short, such as `pipeline=2 schedule=zbv batch=5`."""
+    words = [word.partition("=") for word in layout.split()]
+    return [f"{SHORT.get(key, key)}={value}" for key, _, value in words]
 
 
 def small(corpus, folder, *overrides):
@@ -144,6 +186,29 @@ def _outcome(function, args):
         return True, function(*args)
     except BaseException:
         return False, traceback.format_exc()
+
+
+def started_world():
+    """Join the forked processes of this call, once."""
+    world = World.from_environment("cpu")
+    if not dist.is_initialized():
+        world.start()
+    return world
+
+
+def make_engine(config):
+    """Return a layout on the forked processes, and its engine with initial weights."""
+    world = started_world()
+    subject = Subject.of(config, num_processes=world.num_processes, rank=world.rank, device=world.device)
+    mesh = subject.mesh.start("cpu")
+    model = apply(subject.model, subject.layout, mesh, config, device=world.device, compute_dtype=torch.float32)
+    optimizer = make_optimizer(config.optim, model)
+    return subject, NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
+
+
+def first_backward(config, engine, share):
+    """Leave the gradients of a first step on made-up batches, and return its numbers."""
+    return engine.read(engine.backward(synthetic_batches(config.train.seed, 1, share, config.model.vocab_size)))
 
 
 def train(overrides, at_step=None):

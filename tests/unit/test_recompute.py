@@ -120,18 +120,14 @@ def fused(reference, hoards=False):
     return function
 
 
-PLAIN = Kernels()
-# The reference of rope saves nothing of its input as it is.
-FUSED = Kernels(
-    attention=fused(PLAIN.attention), rms_norm=fused(PLAIN.rms_norm), rope=PLAIN.rope, swiglu=fused(PLAIN.swiglu)
-)
+PLAIN = Kernels()  # its rope saves nothing of its input as it is
+FUSED = Kernels(attention=fused(PLAIN.attention), rms_norm=fused(PLAIN.rms_norm), swiglu=fused(PLAIN.swiglu))
 HOARDING = replace(FUSED, swiglu=fused(PLAIN.swiglu, hoards=True))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_heap():
     """Collecting garbage takes long only because of all that was imported."""
-    gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
@@ -181,9 +177,7 @@ def test_each_op_runs_again_once_or_not_at_all(ops):
 
 
 Q, KV = H * D, K * D
-KEPT = (
-    3 * C + 2 * (Q + KV) + 3 * M
-)  # inner inputs and outputs of norms; q, k, v and attention's output; gate, up, swiglu
+KEPT = 3 * C + 2 * (Q + KV) + 3 * M  # norms; q, k, v and attention's output; gate, up, swiglu
 
 
 @pytest.mark.parametrize(
@@ -193,7 +187,6 @@ KEPT = (
         (("norms",), 2 * C),  # both norms' outputs
         (("swiglu",), M),  # the input of down
         (("gate", "up"), 2 * M),
-        (("norms", "swiglu", "gate", "up"), 2 * C + 3 * M),
         (("rope",), 0),  # keeps the products instead of the rotated
         (("rope", "q", "k"), Q + KV),
         (("v",), KV),
@@ -288,38 +281,39 @@ def test_without_gradients_nothing_is_recorded():
 
 
 def test_unknown_ops_are_refused():
-    known = "down, gate, k, norms, o, q, rope, swiglu, up, v"
-    with pytest.raises(PlanError, match=f"recompute.ops has 'attention', which no block has; use any of {known}"):
+    with pytest.raises(PlanError, match="has 'attention', which no block has; use any of down, gate, k, norms, o, q"):
         recompute(make_layers(), selective("norms", "attention"))
 
 
 class Convolutional(nn.Module):
-    """A block of a user's: other names, a layer that is neither linear nor norm, a tuple, conjugates, in-place use."""
+    """A block of a user's: other names and layers, conjugates, storages that follow a freed one, in-place use."""
 
     def __init__(self, in_place=False):
         super().__init__()
         self.mix, self.scale, self.merge = nn.Conv1d(C, C, 1), nn.LayerNorm(C), nn.Linear(C, C)
-        self.in_place = in_place
+        self.turn, self.in_place = nn.Linear(C, C, dtype=torch.complex64), in_place
 
     def forward(self, x):
+        for factor in range(8):
+            self.scale(x)
+            x = x + (x * factor).square()
         y = self.mix(x.transpose(1, 2)).transpose(1, 2)
         y = F.relu(y, inplace=self.in_place)
-        spectrum = torch.fft.rfft(self.scale(y), dim=-1)
-        return x + self.merge(torch.fft.irfft(spectrum.conj() * spectrum, dim=-1, n=C))
+        z = self.turn(self.scale(y).to(torch.complex64))
+        return x + self.merge((z.conj() * z.conj()).imag)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_blocks_of_any_kind(in_place):
     def run(config):
         torch.manual_seed(0)
-        block, x = Convolutional(in_place), make_input()
+        block, x = Convolutional(in_place), (make_input() * 0.01).detach().requires_grad_()
         recompute([block], config)
         loss = loss_of(block(x))
         return [loss.detach(), *torch.autograd.grad(loss, [x, *block.parameters()])]
 
-    for ops in (("mix",), ("norms", "merge"), ("mix", "norms", "merge")):
-        assert_same(run(selective(*ops)), run(NONE))
-    assert_same(run(FULL), run(NONE))
+    for config in (FULL, selective("mix"), selective("norms", "turn"), selective("mix", "norms", "turn", "merge")):
+        assert_same(run(config), run(NONE))
 
 
 def test_saved_tensors_that_were_overwritten_are_refused():
@@ -381,11 +375,11 @@ def test_one_call_may_make_several_products():
 def test_shared_products_of_a_tensor_group_run_again_once():
     layers = make_layers(1, kernels=FUSED)
     expected = gradients(layers, make_input())
-    attention = layers[0].attention
-    shared = SharedProducts([attention.q, attention.k, attention.v], Unsplit(None), WeightGradients())
+    linears = [getattr(layers[0].attention, name) for name in ("q", "k", "v")]
+    shared = SharedProducts(linears, Unsplit(None), WeightGradients())
     calls, inner = [], shared.products
     shared.products = lambda x: (calls.append(1), inner(x))[1]
-    for index, linear in enumerate(shared.linears):
+    for index, linear in enumerate(linears):
         linear.forward = SharedForward(shared, index)
     recompute(layers, selective("norms", "rope", "q", "k", "v"))
     found = gradients(layers, make_input())
@@ -465,15 +459,12 @@ def test_blocks_may_differ(caplog):
 def test_microbatches_that_are_live_at_once_count(caplog):
     caplog.set_level(logging.INFO, "shardwright.parallel")
     one = (KEPT + C) * TOKENS * 4
-    layers, x = make_layers(2, kernels=FUSED), make_input()
-    recompute(layers, budget(5 * one), [4, 1])
-    forward(layers, x)
-    line, saved, _ = plan_of(caplog)
-    assert "2 keep everything" in line and abs(saved - 5 * one) < 0.01 * one
-    caplog.clear()
-    recompute(layers := make_layers(2, kernels=FUSED), budget(4.9 * one), [4, 1])
-    forward(layers, x)
-    assert "1 keep everything" in plan_of(caplog)[0]
+    for count, words in ((5, "2 keep everything"), (4.9, "1 keep everything")):
+        caplog.clear()
+        recompute(layers := make_layers(2, kernels=FUSED), budget(count * one), [4, 1])
+        forward(layers, make_input())
+        line, saved, _ = plan_of(caplog)
+        assert words in line and 4 * one < saved <= 1.01 * count * one
 
 
 def test_a_budget_below_the_inputs_is_refused():
