@@ -124,6 +124,8 @@ MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"llama": LlamaConfig}  # models.r
 
 def _decode_model(raw: Any) -> ModelConfig:
     """Decode a model config as the class that is registered for its kind."""
+    if isinstance(raw, ModelConfig):
+        return raw
     if not isinstance(raw, dict):
         raise PydanticCustomError("dataclass_type", "must be a group of settings")
     known = ", ".join(MODEL_CONFIGS)
@@ -142,7 +144,7 @@ class ParallelConfig:
 
     The product of the degrees is the number of processes; `shard: auto` takes what the others leave.
     `pipeline_schedule` is a name or the path of a YAML table; `pipeline_chunks: auto` gives each process as many stages
-    as the schedule needs. `zero: auto` is 3 without a pipeline and 2 with one.
+    as the schedule needs. `zero: auto` is 3, but 2 with a pipeline or with one shard.
     """
 
     pipeline: PositiveInt

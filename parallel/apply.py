@@ -95,7 +95,8 @@ def apply(
         config.recompute,
         [live[stage] for stage, several in blocks.items() for _ in several],
     )
-    free_weights = parallel.zero == 3 or (parallel.zero == "auto" and schedule.num_ranks == 1)
+    num_shards = mesh.degrees["shard"] * mesh.degrees["context"]
+    free_weights = parallel.zero == 3 or (parallel.zero == "auto" and schedule.num_ranks == 1 and num_shards > 1)
     for stage, module in stages.items():
         if mesh.data_degree * mesh.degrees["context"] > 1 or compute_dtype != torch.float32:
             shard(module, blocks[stage], mesh, compute_dtype, free_after_forward=free_weights)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import debug
 
 if TYPE_CHECKING:
     from shardwright.conf.schema import ParallelConfig
@@ -84,6 +85,8 @@ class Mesh:
 
     def start(self, device_type: str) -> Mesh:
         """Create the groups (collective; the default process group must exist) and return the live mesh."""
+        # Or DTensors get an equal mesh of an earlier start from torch's cache, and with it groups that are gone.
+        getattr(debug, "_clear_sharding_prop_cache", lambda: None)()
         pipeline, replicate, shard, context, tensor = (self.degrees[axis] for axis in AXES)
         device_mesh = init_device_mesh(
             device_type,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.tensor import DTensor
+
+from shardwright.parallel.gradients import accumulate, local
 
 # torch 2.13 renames both.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -33,6 +33,7 @@ class Overlap(abc.ABC):
         self.group = group
         self.size = 1 if group is None else group.size()
         self.rank = 0 if group is None else group.rank()
+        self.anchor = torch.zeros((), requires_grad=True)
 
     def start_gather(self, x_nC: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Begin to gather the tokens of all processes; the result waits for it and returns [N, C]."""
@@ -128,8 +129,9 @@ OVERLAPS: dict[str, type[Overlap]] = {"none": Unsplit, "chunked": Chunked}
 
 
 class WeightGradients:
-    """Where products leave their weights' gradients: with autograd, or with `take` for later while `deferring`.
+    """Adds the gradients of products' weights to their parameters: at once, or with `take` while `deferring`.
 
+    Autograd never sees these weights: leading it through DTensors would cost more time on the host than the products.
     Deferring splits backward into a part for the inputs and a part for the weights (zero-bubble pipelines, arXiv
     2401.10241).
     """
@@ -143,41 +145,45 @@ class WeightGradients:
         pending, self._pending = self._pending, []
         return pending
 
-    def settle(
-        self, linears: Sequence[nn.Module], compute: Callable[[], list[torch.Tensor]]
-    ) -> Sequence[torch.Tensor | None]:
-        """Return the gradients of the modules' weights for autograd, or None for each and compute them later."""
-        if not self.deferring:
-            return compute()
+    def settle(self, owners: Sequence[Weighted], compute: Callable[[], list[torch.Tensor]]) -> None:
+        """Add what `compute` returns to the gradients of the owners' weights, now or later."""
 
         @torch.no_grad()
-        def later() -> None:
-            for linear, gradient in zip(linears, compute(), strict=True):
-                _accumulate(linear.weight, gradient)  # pyright: ignore[reportArgumentType]
+        def add() -> None:
+            for owner, gradient in zip(owners, compute(), strict=True):
+                accumulate(owner.weight, gradient)
 
-        self._pending.append(later)
-        return [None] * len(linears)
+        if self.deferring:
+            self._pending.append(add)
+        else:
+            add()
+
+
+class Weighted(Protocol):
+    """What has a weight, such as nn.Linear."""
+
+    weight: torch.Tensor
 
 
 class GatherProducts(torch.autograd.Function):
-    """x [B, t, C] of this process -> gathered tokens times each weight [D, C], transposed: [B, T, D] each.
+    """x [B, t, C] of this process -> gathered tokens times each owner's weight [D, C], transposed: [B, T, D] each.
 
     Backward sums the input's gradient over processes and scatters it, and gathers `x` again for the weights'
     gradients instead of keeping it.
     """
 
     @staticmethod
-    def forward(ctx: Any, overlap: Overlap, gradients: WeightGradients, linears: Sequence[nn.Module], *tensors):
-        """Take x and the local part of each module's weight."""
-        x_BtC, *weights_DC = tensors
+    def forward(ctx: Any, overlap: Overlap, gradients: WeightGradients, owners: Sequence[Weighted], x_BtC, anchor):
+        """Multiply; `anchor` makes autograd come by even if `x` needs no gradient."""
+        weights_DC = [local(owner.weight) for owner in owners]
         _, outs = overlap.gather_products(x_BtC.flatten(0, -2), [weight.T for weight in weights_DC])
-        ctx.save_for_backward(*tensors)
-        ctx.overlap, ctx.gradients, ctx.linears = overlap, gradients, linears
+        ctx.save_for_backward(x_BtC, *weights_DC)
+        ctx.overlap, ctx.gradients, ctx.owners = overlap, gradients, owners
         return tuple(out.view(*x_BtC.shape[:-2], -1, out.shape[-1]) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads_BTD):
-        """Return gradients for x and the weights; the weights' may come later (`WeightGradients`)."""
+        """Return the gradient for x; the weights' go to `WeightGradients`."""
         x_BtC, *weights_DC = ctx.saved_tensors
         overlap, gradients = ctx.overlap, ctx.gradients
         grads_ND = [grad.flatten(0, -2) for grad in grads_BTD]
@@ -188,28 +194,29 @@ class GatherProducts(torch.autograd.Function):
             x_NC = (gather or overlap.start_gather(x_BtC.flatten(0, -2)))()
             return [grad.T @ x_NC for grad in grads_ND]
 
-        settled = gradients.settle(ctx.linears, weight_gradients)
-        return None, None, None, scatter().view_as(x_BtC), *settled
+        gradients.settle(ctx.owners, weight_gradients)
+        return None, None, None, scatter().view_as(x_BtC), None
 
 
 class ProductScatter(torch.autograd.Function):
-    """x [B, T, D] times a weight [C, D], transposed, summed over processes and scattered: [B, t, C]."""
+    """x [B, T, D] times the owner's weight [C, D], transposed, summed over processes and scattered: [B, t, C]."""
 
     @staticmethod
-    def forward(ctx: Any, overlap: Overlap, gradients: WeightGradients, linear: nn.Module, x_BTD, weight_CD):
-        """Take x and the local part of the module's weight."""
+    def forward(ctx: Any, overlap: Overlap, gradients: WeightGradients, owner: Weighted, x_BTD):
+        """Multiply."""
+        weight_CD = local(owner.weight)
         ctx.save_for_backward(x_BTD, weight_CD)
-        ctx.overlap, ctx.gradients, ctx.linear = overlap, gradients, linear
+        ctx.overlap, ctx.gradients, ctx.owner = overlap, gradients, owner
         out_nC = overlap.start_products_scatter([x_BTD.flatten(0, -2)], [weight_CD.T])()
         return out_nC.view(*x_BTD.shape[:-2], -1, out_nC.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_BtC):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return gradients for x and the weight."""
+        """Return the gradient for x; the weight's goes to `WeightGradients`."""
         x_BTD, weight_CD = ctx.saved_tensors
         grad_NC, (dx_ND,) = ctx.overlap.gather_products(grad_BtC.flatten(0, -2), [weight_CD])
-        settled = ctx.gradients.settle([ctx.linear], lambda: [grad_NC.T @ x_BTD.flatten(0, -2)])
-        return None, None, None, dx_ND.view_as(x_BTD), *settled
+        ctx.gradients.settle([ctx.owner], lambda: [grad_NC.T @ x_BTD.flatten(0, -2)])
+        return None, None, None, dx_ND.view_as(x_BTD)
 
 
 class SumScatter(torch.autograd.Function):
@@ -238,17 +245,3 @@ def _sum_products(lefts: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]
     for left, factor in zip(lefts[1:], factors[1:], strict=True):
         total.addmm_(left, factor)
     return total
-
-
-def _accumulate(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Add a local gradient to a parameter's, as autograd would."""
-    if isinstance(parameter, DTensor):
-        gradient = DTensor.from_local(
-            gradient,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
-    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

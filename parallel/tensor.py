@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from shardwright.kernels import Kernels
-from shardwright.parallel.gradients import local
+from shardwright.parallel.gradients import LocalPart
 from shardwright.parallel.mesh import COPIES, HEADS
 from shardwright.parallel.plan import (
     Columns,
@@ -60,12 +61,8 @@ class SharedProducts:
         return output
 
     def _products(self, x_BtC: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        weights = [local(linear.weight) for linear in self.linears]
-        outs = GatherProducts.apply(self._overlap, self._gradients, self.linears, x_BtC, *weights)
-        return tuple(
-            out if linear.bias is None else out + local(linear.bias)
-            for out, linear in zip(outs, self.linears, strict=True)  # pyright: ignore[reportArgumentType]
-        )
+        outs: Any = GatherProducts.apply(self._overlap, self._gradients, self.linears, x_BtC, self._overlap.anchor)
+        return tuple(_add_bias(out, linear) for out, linear in zip(outs, self.linears, strict=True))
 
 
 class SharedForward:
@@ -133,16 +130,16 @@ class TensorParallel:
 
     def _row_forward(self, linear: nn.Linear) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x_BTD: torch.Tensor) -> torch.Tensor:
-            out = ProductScatter.apply(self._overlap, self._gradients, linear, x_BTD, local(linear.weight))
-            return out if linear.bias is None else out + local(linear.bias)  # pyright: ignore
+            out: Any = ProductScatter.apply(self._overlap, self._gradients, linear, x_BTD)
+            return _add_bias(out, linear)
 
         return forward
 
     def _linear_cross_entropy(self, hidden_BtC, weight_VC, labels_BT):
         """As the op of this name, with the vocabulary split over the group."""
-        now = WeightGradients()
-        logits_BTv = GatherProducts.apply(self._overlap, now, (), hidden_BtC, local(weight_VC))[0]  # pyright: ignore
-        return VocabularyCrossEntropy.apply(logits_BTv.flatten(0, 1), labels_BT.flatten(), self._overlap)
+        owners = [SimpleNamespace(weight=weight_VC)]
+        outs: Any = GatherProducts.apply(self._overlap, self._gradients, owners, hidden_BtC, self._overlap.anchor)
+        return VocabularyCrossEntropy.apply(outs[0].flatten(0, 1), labels_BT.flatten(), self._overlap)
 
     def _distribute(self, part: SplitParameter) -> None:
         """Replace a parameter by a DTensor whose local part has this process's share of the size."""
@@ -247,8 +244,15 @@ def _set_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
-    assert isinstance(module.weight, torch.Tensor)
-    return local(module.weight)
+    return _local_part(module.weight)
+
+
+def _add_bias(out: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    return out if linear.bias is None else out + _local_part(linear.bias)
+
+
+def _local_part(parameter: Any) -> torch.Tensor:
+    return LocalPart.apply(parameter)  # pyright: ignore[reportReturnType]
 
 
 def _linear(modules: dict[str, nn.Module], name: str) -> nn.Linear:
@@ -265,7 +269,7 @@ def _with_local_parameters(module: nn.Module) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         held = [(m, key, p) for m in module.modules() for key, p in m._parameters.items() if p is not None]
         for owner, key, parameter in held:
-            owner._parameters[key] = local(parameter)  # pyright: ignore[reportArgumentType]
+            owner._parameters[key] = _local_part(parameter)  # pyright: ignore[reportArgumentType]
         try:
             return inner_forward(*args, **kwargs)
         finally:

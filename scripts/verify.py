@@ -27,7 +27,7 @@ from shardwright.conf.schema import TrainConfig
 from shardwright.parallel.mesh import AXES, Mesh
 from shardwright.parallel.world import World
 from shardwright.scripts.train import REFUSED, refuse
-from shardwright.trainer.verify import GRADIENT, NUM_STEPS, TOLERANCE, WEIGHT, Comparison, Report, Subject, verify
+from shardwright.trainer.verify import NUM_STEPS, TOLERANCE, Comparison, Report, Subject, verify
 
 HELP = """Train a layout, and the plain model in one process, from the same weights on the same made-up data in float32,
 and compare losses, gradient norms, every parameter's gradient and every weight. Status 0: alike, 1: not, 2: cannot run.
@@ -63,7 +63,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of train.py")
     parser.add_argument("--steps", type=_positive, default=NUM_STEPS, help=f"steps to train (default {NUM_STEPS})")
     parser.add_argument("--processes", type=_positive, help="for parallel.shard=auto to fill (default: no more)")
-    parser.add_argument("--random", type=_positive, metavar="K", help="verify K random layouts of --processes instead")
+    random_help = "verify K random layouts of --processes, and of random Llamas unless a model is given, instead"
+    parser.add_argument("--random", type=_positive, metavar="K", help=f"{random_help}; KEY=VALUE hold for all")
     parser.add_argument("--seed", type=int, default=0, help="of the random layouts (default 0)")
     return parser.parse_intermixed_args()
 
@@ -286,13 +287,12 @@ def _show(report: Report, title: str) -> None:
     for row in report.of_steps():
         steps.add_row(str(row.step), row.quantity, f"{row.layout:.8g}", f"{row.oracle:.8g}", *_verdict(row))
     console.print(steps)
-    for quantity in (GRADIENT, WEIGHT):
-        rows = report.of_parameters(quantity)
-        table = Table(title=f"{quantity}s: the worst of {len(rows)}", title_justify="left")
-        for heading in ("step", "parameter", "norm / oracle's", "difference", ""):
+    for (quantity, step), rows in report.of_parameters().items():
+        table = Table(title=f"{quantity}s of step {step}: the worst of {len(rows)}", title_justify="left")
+        for heading in ("parameter", "norm / oracle's", "difference", ""):
             table.add_column(heading, overflow="fold")
         for row in rows[:NUM_SHOWN]:
-            table.add_row(str(row.step), row.name, f"{row.ratio:.6f}", *_verdict(row))
+            table.add_row(row.name, f"{row.ratio:.6f}", *_verdict(row))
         console.print(table)
     for fault in report.faults:
         console.print(fault, style="red", markup=False)

@@ -32,11 +32,12 @@ from shardwright.trainer.optim import make_optimizer
 
 NUM_STEPS = 3
 TOLERANCE = 1e-5  # greatest relative difference that passes
-GRADIENT_FLOOR = 1e-2  # of the whole gradient's norm: what a parameter's difference is at least compared with
+GRADIENT_FLOOR = 1e-3  # of the whole gradient's norm: what a parameter's difference is at least compared with
 ADAM_EPS = 1e-3  # with a small one, elements whose gradient is rounding noise move by a whole learning rate
 
 GRADIENT, WEIGHT = "gradient", "weight"
 Pieces = list[tuple[str, Piece]]
+Kind = tuple[str, int]  # gradient or weight, step
 _TINY = float(np.finfo(np.float32).tiny)
 
 
@@ -50,7 +51,8 @@ class Comparison:
         name: of the parameter; empty for a number of the whole step.
         layout: the layout's value; a parameter's L2 norm.
         oracle: the oracle's.
-        difference: relative to the oracle's; for a parameter, norm of the difference over `_scale`.
+        difference: relative to the oracle's; for a parameter, norm of the difference over norm of the oracle's (or
+            over a floor, where that is greater: see `_compare`).
     """
 
     quantity: str
@@ -92,9 +94,13 @@ class Report:
         """Return the comparisons of whole steps, in order."""
         return [comparison for comparison in self.comparisons if not comparison.name]
 
-    def of_parameters(self, quantity: str) -> list[Comparison]:
-        """Return the comparisons of gradients or weights, worst first."""
-        return sorted((c for c in self.comparisons if c.name and c.quantity == quantity), key=_badness, reverse=True)
+    def of_parameters(self) -> dict[tuple[str, int], list[Comparison]]:
+        """Return (gradient or weight, step) -> the comparisons of all parameters, worst first."""
+        groups: dict[tuple[str, int], list[Comparison]] = {}
+        for comparison in sorted(self.comparisons, key=_badness, reverse=True):
+            if comparison.name:
+                groups.setdefault((comparison.quantity, comparison.step), []).append(comparison)
+        return dict(sorted(groups.items()))
 
 
 def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> Report:
@@ -114,13 +120,13 @@ def verify(config: TrainConfig, world: World, *, num_steps: int = NUM_STEPS) -> 
     config = _well_conditioned(config)
     subject = Subject.of(config, num_processes=world.num_processes, rank=world.rank, device=world.device)
     layout = _train(replace(subject, mesh=subject.mesh.start(world.device.type)), num_steps)
-    received: list[list[Pieces]] | None = [[] for _ in range(world.num_processes)] if world.rank == 0 else None
+    received: list[dict[Kind, Pieces]] | None = [{} for _ in range(world.num_processes)] if world.rank == 0 else None
     dist.gather_object(layout.pieces, received)
     reports: list[Report | None] = [None]
     if received is not None:
         alone = Subject.of(_plain(config), num_processes=1, rank=0, device=world.device)
-        parts = [[piece for pieces in one_kind for piece in pieces] for one_kind in zip(*received, strict=True)]
-        reports = [_compare(_Record(layout.values, parts), _train(alone, num_steps), config)]
+        pieces = {kind: [piece for parts in received for piece in parts[kind]] for kind in layout.pieces}
+        reports = [_compare(_Record(layout.values, pieces), _train(alone, num_steps), config)]
     dist.broadcast_object_list(reports, device=torch.device("cpu"))
     report = reports[0]
     assert report is not None
@@ -185,10 +191,10 @@ def _sequence(seed: int, number: int, length: int, vocab_size: int) -> Packed:
 
 @dataclass(frozen=True)
 class _Record:
-    """Numbers of every step; and pieces of the gradients of the first and the last step and of the weights after it."""
+    """Numbers of every step, and what was held of gradients and weights."""
 
     values: list[StepValues]
-    pieces: list[Pieces]
+    pieces: dict[Kind, Pieces]
 
 
 def _train(subject: Subject, num_steps: int) -> _Record:
@@ -208,7 +214,8 @@ def _train(subject: Subject, num_steps: int) -> _Record:
         batches = synthetic_batches(config.train.seed, step, subject.share, config.model.vocab_size)
         values.append(engine.read(engine.train_step(batches, lr=config.optim.peak_lr)))
     weights = _copy(pair for stage in model.stages.values() for pair in stage.named_parameters())
-    return _Record(values, [gradients[0], gradients[-1], weights])
+    ends = {(GRADIENT, 1): gradients[0], (GRADIENT, num_steps): gradients[-1]}
+    return _Record(values, {**ends, (WEIGHT, num_steps): weights})
 
 
 def _copy(tensors: Iterable[tuple[str, torch.Tensor]]) -> Pieces:
@@ -233,14 +240,18 @@ def _plain(config: TrainConfig) -> TrainConfig:
 
 
 def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
+    """Compare numbers, and tensors put together from pieces.
+
+    A gradient can cancel out until only rounding is left of it (a bias of the keys, for example), and so can what it
+    did to a weight. So a gradient's difference is compared with a hundredth of the whole model's gradient at least, a
+    weight's with the way that the optimizer can take it.
+    """
     comparisons, faults = [], []
     for step, (a, b) in enumerate(zip(layout.values, oracle.values, strict=True), start=1):
         for quantity, x, y in (("loss", a.loss, b.loss), ("gradient norm", a.grad_norm, b.grad_norm)):
             comparisons.append(Comparison(quantity, step, "", x, y, _ratio(abs(x - y), abs(y))))
-    last = len(layout.values)
-    kinds = [(GRADIENT, 1), (GRADIENT, last), (WEIGHT, last)]
-    for (quantity, step), ours, theirs in zip(kinds, layout.pieces, oracle.pieces, strict=True):
-        whole = {name: piece.tensor for name, piece in theirs}
+    for (quantity, step), ours in layout.pieces.items():
+        whole = {name: piece.tensor for name, piece in oracle.pieces[quantity, step]}
         found: dict[str, list[Piece]] = {name: [] for name in (*whole, *(name for name, _ in ours))}
         for name, piece in ours:
             found[name].append(piece)
@@ -250,20 +261,12 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
                 faults.append(f"{quantity} of step {step}: {name} {fault}")
                 continue
             x, y, distance = _measure(pieces, whole[name])
-            scale = max(y, _floor(quantity, whole[name].numel(), oracle.values[step - 1].grad_norm, last, config))
-            comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, scale)))
+            if quantity == GRADIENT:
+                floor = GRADIENT_FLOOR * oracle.values[step - 1].grad_norm
+            else:
+                floor = step * config.optim.peak_lr * math.sqrt(whole[name].numel())
+            comparisons.append(Comparison(quantity, step, name, x, y, _ratio(distance, max(y, floor))))
     return Report(tuple(comparisons), tuple(faults))
-
-
-def _floor(quantity: str, num_elements: int, whole_norm: float, num_steps: int, config: TrainConfig) -> float:
-    """Return the norm that a parameter's difference is at least compared with.
-
-    A gradient can cancel out until only rounding is left of it (a bias of the keys, for example), and so can what it
-    did to a weight. So a gradient counts as a hundredth of the model's at least, a weight as what the optimizer can do.
-    """
-    if quantity == GRADIENT:
-        return GRADIENT_FLOOR * whole_norm
-    return num_steps * config.optim.peak_lr * math.sqrt(num_elements)
 
 
 def _find_fault(pieces: Sequence[Piece], whole: torch.Tensor | None) -> str | None:

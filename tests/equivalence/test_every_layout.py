@@ -22,14 +22,14 @@ LAYOUTS = {
     """,
     2: """
     tensor=2
-    tensor=2 overlap=chunked
+    tensor=2 overlap=chunked batch=2
     tensor=2 microbatch=2
     tensor=2 overlap=chunked microbatch=2 parallel_block=true
-    tensor=2 tied=true parallel_block=true
-    tensor=2 recompute=selective
+    tensor=2 tied=true parallel_block=true batch=2
+    tensor=2 recompute=selective batch=2
     context=2
-    context=2 mode=ulysses
-    context=2 window=7
+    context=2 mode=ulysses batch=2
+    context=2 window=7 batch=2
     context=2 mode=ulysses window=7 microbatch=2
     context=2 recompute=full microbatch=2
     shard=2 zero=2
@@ -60,40 +60,37 @@ LAYOUTS = {
     pipeline=3 schedule=interleaved_1f1b layers=6 batch=5
     pipeline=3 schedule=zb_h1 layers=5 batch=5
     pipeline=3 schedule=zbv layers=6 batch=5
-    replicate=3 batch=6
     """,
     4: """
     tensor=4 batch=2
-    tensor=4 overlap=chunked batch=2
-    tensor=4 tied=true parallel_block=true microbatch=2
-    context=4 batch=2
-    context=4 mode=ulysses batch=2
+    tensor=4 overlap=chunked batch=2 layers=2
+    tensor=4 tied=true parallel_block=true microbatch=2 layers=2
+    context=4 batch=2 layers=2
+    context=4 mode=ulysses batch=2 layers=2
     pipeline=2 replicate=2
     pipeline=2 shard=2
-    pipeline=2 context=2
+    pipeline=2 context=2 batch=2
     pipeline=2 tensor=2
-    replicate=2 shard=2
-    replicate=2 context=2
-    replicate=2 tensor=2
-    shard=2 context=2
+    replicate=2 shard=2 batch=8
+    replicate=2 context=2 layers=2
+    replicate=2 tensor=2 layers=2
+    shard=2 context=2 layers=2
     shard=2 tensor=2
     context=2 tensor=2 batch=2
-    context=2 tensor=2 window=7 microbatch=2
-    context=2 mode=ulysses tensor=2 overlap=chunked batch=2
+    context=2 tensor=2 window=7 microbatch=2 layers=2
+    context=2 mode=ulysses tensor=2 overlap=chunked batch=2 layers=2
     pipeline=2 schedule=interleaved_1f1b shard=2
-    pipeline=2 schedule=zb_h1 shard=2
-    pipeline=2 schedule=zbv shard=2 tied=true
-    pipeline=2 schedule=zbv shard=2 recompute=full
-    pipeline=2 schedule=zbv tensor=2 overlap=chunked
-    pipeline=2 schedule=zb_h1 tensor=2 tied=true recompute=selective
-    pipeline=2 schedule=zbv context=2 tied=true
-    shard=2 tensor=2 optim=lamb
+    pipeline=2 schedule=zb_h1 shard=2 layers=2
+    pipeline=2 schedule=zbv shard=2 recompute=full tied=true
+    pipeline=2 schedule=zbv tensor=2 overlap=chunked batch=2
+    pipeline=2 schedule=zb_h1 tensor=2 tied=true recompute=selective batch=2 layers=2
+    pipeline=2 schedule=zbv context=2 tied=true batch=2
+    shard=2 tensor=2 optim=lamb layers=2
     """,
     8: """
-    pipeline=2 shard=2 tensor=2
-    pipeline=2 context=2 tensor=2
-    replicate=2 shard=2 tensor=2
-    pipeline=2 schedule=zbv shard=2 tensor=2 recompute=full
+    pipeline=2 shard=2 tensor=2 layers=2
+    pipeline=2 context=2 tensor=2 layers=2 batch=2
+    replicate=2 shard=2 tensor=2 layers=2 batch=8
     """,
 }
 NAMES = {processes: [line.strip() for line in text.strip().splitlines()] for processes, text in LAYOUTS.items()}

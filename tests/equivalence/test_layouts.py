@@ -103,9 +103,9 @@ def test_bf16_runs_sharded_and_alone_alike(corpus, tmp_path):
 
 def poisoned(overrides):
     """Train with a NaN in the last rank's part of one gradient in step 3; say which steps left the weights alone."""
-    from shardwright.trainer import native
+    from shardwright.parallel import model
 
-    weights, inner = [], native.global_norm
+    weights, inner = [], model.global_norm
 
     def poison(gradients):
         gradients = list(gradients)
@@ -116,14 +116,16 @@ def poisoned(overrides):
     def keep(run, step, batches):
         weights.append([local(p).detach().clone() for p in run.engine.model.parameters()])
 
-    native.global_norm = poison
+    model.global_norm = poison
     train(overrides, keep)
     return [all(map(torch.equal, *pair)) for pair in itertools.pairwise(weights)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped_by_all_and_counted(corpus, tmp_path, processes):
-    for unchanged in fork(processes, poisoned, small(corpus, tmp_path, "train.num_steps=6")):
+@pytest.mark.parametrize(
+    ("processes", "layout"), [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])], ids=str
+)
+def test_a_step_that_is_not_finite_is_skipped_by_all_and_counted(corpus, tmp_path, processes, layout):
+    for unchanged in fork(processes, poisoned, small(corpus, tmp_path, "train.num_steps=6", *layout)):
         assert unchanged == [False, False, True, False, False]
     found = records(tmp_path)
     assert [found[step]["skipped_steps"] for step in range(1, 7)] == [0, 0, 1, 1, 1, 1]

@@ -15,14 +15,14 @@ from shardwright.trainer.native import NativeEngine
 from shardwright.trainer.verify import synthetic_batches, verify
 
 VERIFY = ROOT / "scripts" / "verify.py"
+SMALL = ["train.sequence_length=32", "train.global_batch_sequences=8"]
 TINY = [
+    *SMALL,
     "model.vocab_size=96",
     "model.hidden_size=48",
     "model.intermediate_size=80",
     "model.num_layers=2",
     "model.head_dim=12",
-    "train.sequence_length=64",
-    "train.global_batch_sequences=12",
 ]
 
 
@@ -267,7 +267,7 @@ def own_model(tmp_path):
     settings = "kind: mine\nname: mine\nvocab_size: 96\nwidth: 48\ndepth: 3\nheads: 4\n"
     (tmp_path / "model" / "mine.yaml").write_text(settings)
     (tmp_path / "mine.py").write_text(MINE)
-    return [f"hydra.searchpath=[file://{tmp_path}]", f"plugins=[{tmp_path}/mine.py]", "model=mine"]
+    return [f"hydra.searchpath=[file://{tmp_path}]", f"plugins=[{tmp_path}/mine.py]", "model=mine", *SMALL]
 
 
 def test_a_users_own_model(own_model):
@@ -281,9 +281,10 @@ def test_a_users_own_model_with_a_wrong_plan(own_model, tmp_path):
     (tmp_path / "mine.py").write_text(text)
     done = run(*own_model, "parallel.tensor=2")
     assert done.returncode == 2 and "blocks.0.norm.weight" in done.stderr, done.stderr
-    (tmp_path / "mine.py").write_text(MINE.replace("x + self.mlp(", "x + positions.shape[1] / 64 * self.mlp("))
+    (tmp_path / "mine.py").write_text(MINE.replace("x + self.mlp(", "x + positions.shape[1] / 32 * self.mlp("))
     done = run(*own_model, "parallel.context=2")
-    assert done.returncode == 1 and "blocks.2.mlp.down.bias" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and "DIFFERS" in done.stdout, done.stdout + done.stderr
+    assert "FAILED" in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -316,6 +317,23 @@ def test_random_layouts():
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert [line[:4] for line in lines[:2]] == ["pass", "pass"] and lines[2] == "2 of 2 layouts pass"
+
+
+def test_a_random_layout_that_fails_says_how_to_run_it_again(monkeypatch, capsys):
+    monkeypatch.setattr(parallel_model, "sum_over_tensor", lambda parameters: None)
+    line = ["--random", "1", "--processes", "2", "--steps", "1", "parallel.tensor=2", "parallel.shard=1"]
+    monkeypatch.setattr("sys.argv", ["verify.py", *line])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    shown = capsys.readouterr().out
+    assert caught.value.code == 1 and shown.startswith("FAIL") and shown.endswith("0 of 1 layouts pass\n")
+    assert "norm.weight" in shown and "DIFFERS" in shown
+    again = shown.splitlines()[-2]
+    assert again.startswith("  python scripts/verify.py --steps 1 parallel") and "parallel.tensor=2" in again
+    monkeypatch.setattr("sys.argv", again.split()[1:])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    assert caught.value.code == 1 and "norm.weight" in capsys.readouterr().out
 
 
 @pytest.mark.slow

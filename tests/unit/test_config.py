@@ -9,7 +9,11 @@ from shardwright.models.llama.cost import flops_per_token
 
 GROUPS = sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir() and p.name not in ("hydra", "__pycache__"))
 OPTIONS = [(group.name, file.stem) for group in GROUPS for file in sorted(group.glob("*.yaml"))]
-REQUIRED = {("data", "files"): ["data.path=x"], ("data", "hub"): ["data.name=x"]}
+REQUIRED = {
+    ("data", "files"): ["data.path=x"],
+    ("data", "hub"): ["data.name=x"],
+    ("recompute", "budget"): ["recompute.gib=1.5"],
+}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -6,7 +6,7 @@ import torch
 from shardwright.conf.load import load_config
 from shardwright.kernels import Kernels
 from shardwright.models.registry import FAMILIES
-from shardwright.parallel.apply import apply
+from shardwright.parallel.apply import apply, lay_out
 from shardwright.parallel.mesh import Mesh
 
 SIZES = [
@@ -25,7 +25,8 @@ def make(*overrides):
         model = family.build(config.model, Kernels())
     mesh = Mesh.of(config.parallel, num_processes=1, rank=0)
     cpu = torch.device("cpu")
-    apply(model, family.plan(config.model), mesh, device=cpu, compute_dtype=torch.float32, seed=0)
+    layout = lay_out(model, family.plan(config.model), mesh, config)
+    apply(model, layout, mesh, config, device=cpu, compute_dtype=torch.float32)
     return model
 
 
@@ -71,7 +72,7 @@ def test_the_parallel_block_is_its_formula():
     torch.manual_seed(3)
     model = make("model.parallel_block=true", "model.num_layers=1")
     captured = {}
-    layer = model.layers[0]
+    layer = model.layers["0"]
     layer.register_forward_hook(lambda m, args, out: captured.update(x=args[0], context=args[1], out=out))
     logits(model, torch.randint(0, 64, (2, 9)), torch.arange(9).repeat(2, 1))
     x, context = captured["x"], captured["context"]
@@ -95,7 +96,8 @@ def test_summed_loss_is_the_loss_of_the_logits():
     loss = model(ids, positions, bounds, 9, labels)
     logp = logits(model, ids, positions).log_softmax(-1)
     kept = labels != -100
-    torch.testing.assert_close(loss, -logp[kept].gather(1, labels[kept][:, None]).sum())
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss.float(), -logp[kept].gather(1, labels[kept][:, None]).sum())
 
 
 def test_equals_the_published_implementation():

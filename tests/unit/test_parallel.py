@@ -1,21 +1,36 @@
-"""Mesh arithmetic, plans, initial values: no processes needed."""
+"""Mesh arithmetic, plans, stages, initial values; and the order in which the executor works."""
 
 import itertools
+import random
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support import TINY, first_backward, fork, fork_each, make_engine, spell_out, started_world
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
 from shardwright.conf.load import load_config
 from shardwright.kernels import Kernels
 from shardwright.models.llama.plan import plan
 from shardwright.models.registry import FAMILIES
 from shardwright.parallel import Mesh, ParallelPlan, PlanError, TopologyError
-from shardwright.parallel.apply import check_served
 from shardwright.parallel.init import initial_box, normal_run
 from shardwright.parallel.mesh import AXES
-from shardwright.parallel.plan import Constant, Normal
+from shardwright.parallel.pipeline.schedule import live_at_peak, make_schedule
+from shardwright.parallel.pipeline.stage import cut, partition, split_by_cost
+from shardwright.parallel.plan import (
+    Columns,
+    Constant,
+    Normal,
+    Row,
+    SequenceSharded,
+    VocabularyEmbedding,
+    VocabularyHead,
+)
+from shardwright.parallel.tensor import resolve
 
 
 def degrees(**given):
@@ -49,12 +64,6 @@ def test_meshes_that_do_not_fit(config, processes, words):
     with pytest.raises(TopologyError) as caught:
         Mesh.of(config, num_processes=processes, rank=0)
     assert all(word in str(caught.value) for word in words), caught.value
-
-
-@pytest.mark.parametrize("axis", ["pipeline", "context", "tensor"])
-def test_axes_that_are_not_served_are_refused(axis):
-    with pytest.raises(TopologyError, match=f"parallel.{axis}=2 is not served yet.*set parallel.{axis}=1"):
-        check_served(Mesh.of(degrees(**{axis: 2}), num_processes=2, rank=0))
 
 
 def test_axes_are_not_live_before_the_start():
@@ -104,3 +113,182 @@ def test_any_box_is_a_part_of_the_whole():
 def test_a_large_run_does_not_depend_on_its_chunks():
     whole = normal_run(0, "a", 0, (1 << 22) + 1000)
     assert np.array_equal(whole[(1 << 22) - 500 :], normal_run(0, "a", (1 << 22) - 500, 1500))
+
+
+class Small(nn.Module):
+    """What a plan without faults fits: names and sizes are chosen by the tests below."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.embedding = nn.Embedding(16, 8)
+        self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8)) for i in range(3)})
+        self.norm = nn.LayerNorm(8)
+
+
+STYLES = {
+    "embedding": VocabularyEmbedding(),
+    "layers.*": Columns(("0",)),
+    "layers.*.1": Row(),
+    "norm": SequenceSharded(),
+}
+
+
+def tensor_plan(styles):
+    return ParallelPlan(blocks=("layers.*",), initial_values={}, tensor=styles)
+
+
+def without(pattern):
+    return {key: style for key, style in STYLES.items() if key != pattern}
+
+
+def test_a_plan_that_fits_names_every_split_module():
+    styles = resolve(tensor_plan(STYLES), Small(), 4)
+    layers = [f"layers.{i}" for i in range(3)]
+    assert sorted(styles) == sorted(["embedding", "norm", *layers, *(f"{layer}.1" for layer in layers)])
+    assert isinstance(styles["layers.2.1"], Row)
+
+
+@pytest.mark.parametrize(
+    ("styles", "width", "size", "words"),
+    [
+        (None, 12, 2, ["no tensor plan", "parallel.tensor=1"]),
+        (STYLES | {"head": VocabularyHead()}, 12, 2, ["pattern 'head'", "matches no module"]),
+        (without("norm"), 12, 2, ["'norm.weight'", "has no style", "add a pattern"]),
+        (without("layers.*.1"), 12, 2, ["'layers.0.1.weight'", "has no style"]),
+        (STYLES, 10, 4, ["parallel.tensor=4", "layers.0.0.weight", "[10, 8]", "dim 0", "divide 10"]),
+        (STYLES, 12, 3, ["parallel.tensor=3", "embedding.weight", "[16, 8]", "divide 16"]),
+        (without("layers.*.1") | {"layers.*.1": Columns(("weight",))}, 12, 2, ["layers.0.1.weight", "nn.Linear"]),
+        (STYLES | {"norm": Row()}, 12, 2, ["norm is LayerNorm", "nn.Linear"]),
+    ],
+    ids=["none", "no match", "uncovered", "uncovered linear", "columns", "vocabulary", "no module", "no linear"],
+)
+def test_plans_that_cannot_be_split_over_tensor(styles, width, size, words):
+    with pytest.raises(PlanError) as caught:
+        resolve(tensor_plan(styles), Small(width), size)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def dearest(blocks, cuts, first, last):
+    sums = [sum(blocks[start:end]) for start, end in itertools.pairwise(cuts)]
+    sums[0] += first
+    sums[-1] += last
+    return max(sums)
+
+
+def test_partition_is_as_good_as_any():
+    rng = random.Random(0)
+    for _ in range(150):
+        blocks = [rng.choice([1.0, 2.0, rng.random() * 5]) for _ in range(rng.randint(1, 9))]
+        num_stages = rng.randint(1, len(blocks))
+        first, last = rng.choice([(0, 0), (0, 6.5), (2.5, 3.5)])
+        runs = partition(blocks, num_stages, first=first, last=last)
+        cuts = [0, *(run.stop for run in runs)]
+        assert len(runs) == num_stages and all(len(run) for run in runs)
+        assert [i for run in runs for i in run] == list(range(len(blocks)))
+        inner = itertools.combinations(range(1, len(blocks)), num_stages - 1)
+        best = min(dearest(blocks, [0, *several, len(blocks)], first, last) for several in inner)
+        assert dearest(blocks, cuts, first, last) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_stages_have_their_own_parameters_and_together_all(tied, num_stages):
+    config = load_config([*TINY, "model.num_layers=5", f"model.tied_embeddings={tied}"]).model
+    family = FAMILIES["llama"]
+    with torch.device("meta"):
+        model = family.build(config, Kernels())
+    whole = {name: p.shape for name, p in model.named_parameters()}
+    split = split_by_cost(model, family.plan(config), num_stages, 32)
+    assert [i for run in split for i in run] == list(range(5))
+    found = [
+        {n: p.shape for n, p in cut(model, family.plan(config), split, s).named_parameters()} for s in range(num_stages)
+    ]
+    for stage, parameters in enumerate(found):
+        layers = {int(name.split(".")[1]) for name in parameters if name.startswith("layers.")}
+        ends = {name for name in parameters if not name.startswith("layers.")}
+        first = {"embedding.weight"} if stage == 0 else set()
+        last = {"norm.weight", "embedding.weight" if tied == "true" else "head.weight"}
+        assert layers == set(split[stage])
+        assert ends == first | (last if stage == num_stages - 1 else set())
+    assert {name: shape for parameters in found for name, shape in parameters.items()} == whole
+    assert dict(model.named_parameters()).keys() == whole.keys(), "the model itself keeps all"
+    assert sum(map(len, found)) == len(whole) + (tied == "true")
+
+
+def test_what_is_live_at_the_peak():
+    def live(kind, rank, num_ranks, num_chunks=1, num_microbatches=8):
+        schedule = make_schedule(kind, num_ranks=num_ranks, num_chunks=num_chunks, num_microbatches=num_microbatches)
+        return live_at_peak(schedule, rank)
+
+    assert [live("1f1b", rank, 4) for rank in range(4)] == [{0: 4}, {1: 3}, {2: 2}, {3: 1}]
+    assert live("gpipe", 1, 2) == {1: 8}
+    assert live("interleaved_1f1b", 0, 2, 2) == {0: 3, 2: 2}
+    assert live("zb_h1", 1, 2) == {1: 2}
+    assert [sum(live("zbv", rank, 2, 2).values()) for rank in range(2)] == [4, 4]
+
+
+MIXED = """
+stages: [0, 1, 1, 0]
+ranks:
+  - 0F0 0F1 3F0 3I0 0F2 3W0 3F1 3B1 0B0 3F2 3B2 0B1 0I2 0W2
+  - 1F0 2F0 1F1 2F1 1F2 2I0 1B0 2F2 2B1 1B1 2W0 2B2 1B2
+"""
+ORDERS = {
+    2: [
+        "schedule=gpipe",
+        "schedule=1f1b",
+        "schedule=interleaved_1f1b batch=5",
+        "schedule=interleaved_1f1b chunks=3 layers=6",
+        "schedule=zb_h1",
+        "schedule=zbv batch=5",
+        "schedule={table} batch=3",
+    ],
+    3: ["schedule=interleaved_1f1b layers=6", "schedule=zb_h1 batch=7"],
+    4: ["schedule=1f1b batch=3", "schedule=zbv layers=8"],
+}
+
+
+def worked_off(config):
+    """Return what a process did in a step, in order, and what its schedule says."""
+    subject, engine = make_engine(config)
+    done, executor = [], engine.model.executor
+
+    @contextmanager
+    def note(action):
+        yield
+        done.append(action)
+
+    executor.observe = note
+    first_backward(config, engine, subject.share)
+    return done, subject.layout.schedule.actions
+
+
+@pytest.mark.parametrize("processes", ORDERS)
+def test_the_executor_keeps_to_the_table(tmp_path, processes):
+    (tmp_path / "mixed.yaml").write_text(MIXED)
+    calls = {}
+    for layout in ORDERS[processes]:
+        words = f"pipeline={processes} {layout.format(table=tmp_path / 'mixed.yaml')}"
+        calls[layout] = [load_config([*TINY, *spell_out(words)])]
+    for layout, ranks in fork_each(processes, worked_off, calls).items():
+        assert not isinstance(ranks, str), f"{layout}: {ranks}"
+        for rank, (done, actions) in enumerate(ranks):
+            assert tuple(done) == actions[rank], layout
+    if processes == 2:
+        table = [row.strip(" -") for row in MIXED.splitlines() if row.startswith("  -")]
+        assert [" ".join(map(str, done)) for done, _ in ranks] == table
+
+
+def groups_after_two_starts():
+    """Return, for tensors on two meshes that are alike, whether one made from each is on the groups of its own."""
+    config, world = degrees(tensor=2), started_world()
+    same = []
+    for _ in range(2):
+        mesh = Mesh.of(config, num_processes=4, rank=world.rank).start("cpu")
+        part = DTensor.from_local(torch.ones(2), mesh.get("tensor"), [Shard(0)])
+        same.append(torch.ones_like(part).device_mesh.get_group() is mesh.get_group("tensor"))
+    return same
+
+
+def test_a_second_start_in_a_process_has_its_own_groups():
+    assert fork(4, groups_after_two_starts) == [[True, True]] * 4
