@@ -243,7 +243,7 @@ def _compare(layout: _Record, oracle: _Record, config: TrainConfig) -> Report:
     """Compare numbers, and tensors put together from pieces.
 
     A gradient can cancel out until only rounding is left of it (a bias of the keys, for example), and so can what it
-    did to a weight. So a gradient's difference is compared with a hundredth of the whole model's gradient at least, a
+    did to a weight. So a gradient's difference is compared with a thousandth of the whole model's gradient at least, a
     weight's with the way that the optimizer can take it.
     """
     comparisons, faults = [], []

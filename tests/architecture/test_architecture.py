@@ -76,7 +76,8 @@ def test_documented_settings_exist():
     from shardwright.conf.load import load_config, to_dict
 
     known = set()
-    for overrides in (["data=stdlib"], ["data=files", "data.path=x"], ["data=hub", "data.name=x"], ["schedule=cosine"]):
+    others = ["recompute=selective"], ["recompute=budget", "recompute.gib=1"], ["schedule=cosine"]
+    for overrides in (["data=stdlib"], ["data=files", "data.path=x"], ["data=hub", "data.name=x"], *others):
         for group, keys in to_dict(load_config(overrides)).items():
             known |= {f"{group}.{key}" for key in keys}
     assert "train.num_steps" in known
