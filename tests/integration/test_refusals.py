@@ -1,19 +1,21 @@
 """Bad command lines: status 2, one message of value, rule and remedy, no traceback, no process left."""
 
 import json
+import os
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 from support import command, fork, small, train
+
+from shardwright.scripts.train import main
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory, corpus):
-    """Name -> (overrides, words that the message must hold), and where it is not 1, the number of processes.
-
-    Of these one alone is started, which would wait for the others if it got as far as their group.
-    """
+    """Name -> (overrides, words that the message must hold)."""
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "empty.jsonl").write_text("")
     (folder / "broken.jsonl").write_text('{"text": "fine"}\n{"text": not json\n')
@@ -21,17 +23,12 @@ def lines(tmp_path_factory, corpus):
     (folder / "few.jsonl").write_text("".join(json.dumps({"text": f"{i}"}) + "\n" for i in range(8)))
     (folder / "words.csv").write_text("a,b\n")
     (folder / "file").write_text("not a folder")
-    (folder / "stuck.yaml").write_text("stages: [0, 1]\nranks:\n  - 0B0 0F0\n  - 1F0 1B0\n")
-    (folder / "short.yaml").write_text("stages: [0, 1]\nranks:\n  - 0F0 0B0\n  - 1F0 1B0\n")
-    (folder / "three.yaml").write_text("stages: [0, 1, 2]\nranks:\n  - 0F0 0B0\n  - 1F0 1B0\n  - 2F0 2B0\n")
-    (folder / "prose.yaml").write_text("first forward, then backward\n")
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")
     old = folder / "old"
     fork(1, train, small(corpus, old, "train.num_steps=2", "checkpoint.every_steps=1"))
     (folder / "damaged").mkdir()
     (folder / "damaged" / "manifest.json").write_text('{"format": 1, "tensors": {')
-    table = ["parallel.pipeline=2", "parallel.shard=1", "train.global_batch_sequences=1"]
     files = ["data=files", f"run.folder={folder}/run", f"data.path={corpus}"]
     return {
         "unknown key": (["optim.learning_rate=3"], ["optim.learning_rate", "peak_lr"]),
@@ -50,65 +47,6 @@ def lines(tmp_path_factory, corpus):
         "grouped heads": (["model.num_kv_heads=3"], ["model.num_kv_heads=3", "num_heads=8", "1, 2, 4 or 8"]),
         "microbatch": (["train.microbatch_sequences=5"], ["does not divide", "global_batch_sequences=24"]),
         "pipeline alone": (["parallel.pipeline=2"], ["pipeline=2", "1 processes", "multiple of 2"]),
-        "tensor and vocabulary": (
-            ["parallel.tensor=2", "model.vocab_size=259", "model.tied_embeddings=false"],
-            ["parallel.tensor=2", "embedding.weight", "divide 259"],
-            2,
-        ),
-        "tensor and features": (["parallel.tensor=4", "model.intermediate_size=42"], ["feed_forward", "divide 42"], 4),
-        "tensor beyond kv heads": (
-            ["model.num_heads=12", "model.num_kv_heads=4", "parallel.tensor=6"],
-            ["parallel.tensor=6", "num_kv_heads=4", "use 1, 2, 4 or 12"],
-        ),
-        "ring length": (["parallel.context=3"], ["sequence_length=256", "context=3", "ring", "multiple of 6", "use 258"]),
-        "ring and tensor length": (
-            ["parallel.context=2", "parallel.tensor=8", "train.sequence_length=24"],
-            ["sequence_length=24", "tensor=8", "multiple of 16", "use 32"],
-        ),
-        "ulysses heads": (
-            ["parallel.context=8", "parallel.tensor=2", "parallel.context_mode=ulysses", "model.num_heads=8"],
-            ["parallel.context=8", "4 query heads", "1, 2 or 4", "context_mode=ring"],
-        ),
-        "unknown schedule": (
-            ["parallel.pipeline=2", "parallel.pipeline_schedule=zb_v"],
-            ["pipeline_schedule=zb_v", "unknown", "zbv", ".yaml"],
-        ),
-        "chunks of zbv": (
-            ["parallel.pipeline=2", "parallel.pipeline_schedule=zbv", "parallel.pipeline_chunks=3"],
-            ["pipeline_chunks=3", "zbv needs 2", "auto"],
-        ),
-        "chunks of 1f1b": (["parallel.pipeline=2", "parallel.pipeline_chunks=2"], ["pipeline_chunks=2", "1f1b needs 1"]),
-        "chunks of interleaved": (
-            ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved_1f1b", "parallel.pipeline_chunks=1"],
-            ["pipeline_chunks=1", "needs 2 or more"],
-        ),
-        "schedule without pipeline": (["parallel.pipeline_schedule=zbv"], ["pipeline_schedule=zbv", "no effect", "pipeline=1"]),
-        "chunks without pipeline": (["parallel.pipeline_chunks=1"], ["pipeline_chunks=1", "no effect", "pipeline=1"]),
-        "mode without context": (["parallel.context_mode=ulysses"], ["context_mode=ulysses", "no effect", "context=1"]),
-        "overlap without tensor": (["parallel.tensor_overlap=chunked"], ["tensor_overlap=chunked", "no effect", "tensor=1"]),
-        "zero 3 and pipeline": (["parallel.pipeline=2", "parallel.zero=3"], ["zero=3", "pipeline=2", "use zero=2"]),
-        "zero 1": (["parallel.zero=1"], ["parallel.zero=1", "2"]),
-        "deeper than the model": (
-            ["parallel.pipeline=4", "parallel.pipeline_schedule=zbv", "model.num_layers=6"],
-            ["pipeline=4 x 2 chunks", "num_layers=6", "every stage needs a layer"],
-        ),
-        "no table": ([*table, f"parallel.pipeline_schedule={folder}/none.yaml"], ["none.yaml", "cannot be read"], 2),
-        "table of prose": ([*table, f"parallel.pipeline_schedule={folder}/prose.yaml"], ["prose.yaml", "stages and ranks"], 2),
-        "table that waits for ever": (
-            [*table, f"parallel.pipeline_schedule={folder}/stuck.yaml"],
-            ["stuck.yaml", "rank 0 waits at 0B0|deadlock"],
-            2,
-        ),
-        "table of other ranks": ([*table, f"parallel.pipeline_schedule={folder}/three.yaml"], ["three.yaml", "3 ranks", "2 are asked"], 2),
-        "table of other microbatches": (
-            [*table, "train.global_batch_sequences=4", f"parallel.pipeline_schedule={folder}/short.yaml"],
-            ["short.yaml", "1 microbatches", "4 are asked"],
-            2,
-        ),
-        "chunks of a table": (
-            [*table, f"parallel.pipeline_schedule={folder}/short.yaml", "parallel.pipeline_chunks=1"],
-            ["pipeline_chunks=1", "no effect with a table"],
-        ),
         "world size": (["parallel.shard=4"], ["parallel: shard=4", "1 processes", "--nproc-per-node 4"]),
         "no GPU": (["train.device=cuda"], ["train.device=cuda", "train.device=cpu"]),
         "kernel that cannot run": (["kernels.attention=varlen", *files], ["kernels.attention=varlen", "CUDA", "auto"]),
@@ -146,15 +84,11 @@ def lines(tmp_path_factory, corpus):
 
 NAMES = """unknown key, unknown top-level key, misspelt key, unknown option of a group, unknown experiment, wrong type,
 fraction of a step, negative number, no such choice, key of another choice, syntax, dropped key, heads, grouped heads,
-microbatch, pipeline alone, tensor and vocabulary, tensor and features, tensor beyond kv heads, ring length,
-ring and tensor length, ulysses heads, unknown schedule, chunks of zbv, chunks of 1f1b, chunks of interleaved,
-schedule without pipeline, chunks without pipeline, mode without context, overlap without tensor, zero 3 and pipeline,
-zero 1, deeper than the model, no table, table of prose, table that waits for ever, table of other ranks,
-table of other microbatches, chunks of a table, world size, no GPU, kernel that cannot run, unknown kernel, path not set,
-missing file, kind of file, empty dataset, one document, too few documents, broken file, no such column, vocabulary,
-no tokenizer, broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, hydra's folder,
-back in its own folder, another model, unwritable folder, hub name, hub tokenizer,
-wandb not logged in""".replace("\n", " ").split(", ")
+microbatch, pipeline alone, world size, no GPU, kernel that cannot run, unknown kernel, path not set, missing file,
+kind of file, empty dataset, one document, too few documents, broken file, no such column, vocabulary, no tokenizer,
+broken tokenizer, no checkpoint, run as checkpoint, cut manifest, fresh in an old folder, hydra's folder,
+back in its own folder, another model,
+unwritable folder, hub name, hub tokenizer, wandb not logged in""".replace("\n", " ").split(", ")
 
 
 def check(text, words):
@@ -169,11 +103,7 @@ def finished(lines, tmp_path_factory):
     home = str(tmp_path_factory.mktemp("home"))
     offline = {"HF_ENDPOINT": "https://hub.invalid", "WANDB_API_KEY": "", "HOME": home, "CUDA_VISIBLE_DEVICES": ""}
     with ThreadPoolExecutor(2) as pool:
-        waiting = {}
-        for name in NAMES:
-            overrides, _, *processes = lines[name]
-            env = offline | ({"WORLD_SIZE": str(*processes)} if processes else {})
-            waiting[name] = pool.submit(command, *overrides, env=env, timeout=60)
+        waiting = {name: pool.submit(command, *lines[name][0], env=offline, timeout=60) for name in NAMES}
         return {name: future.result() for name, future in waiting.items()}
 
 
@@ -200,3 +130,113 @@ def test_refused_once_under_torchrun(lines, name):
     assert "exitcode: 2" in theirs or "exitcode  : 2" in theirs, done.stderr
     left = subprocess.run(["pgrep", "-f", overrides[-1]], capture_output=True, text=True)
     assert not left.stdout.strip(), f"processes left: {left.stdout}"
+
+
+TABLE = ["parallel.pipeline=2", "parallel.shard=1", "train.global_batch_sequences=1"]
+TABLES = {
+    "stuck": "stages: [0, 1]\nranks:\n  - 0B0 0F0\n  - 1F0 1B0\n",
+    "short": "stages: [0, 1]\nranks:\n  - 0F0 0B0\n  - 1F0 1B0\n",
+    "three": "stages: [0, 1, 2]\nranks:\n  - 0F0 0B0\n  - 1F0 1B0\n  - 2F0 2B0\n",
+    "prose": "first forward, then backward\n",
+}
+
+# Name -> (overrides, words that the message must hold), and the number of processes where it is not 1.
+LAYOUTS = {
+    "tensor and vocabulary": (
+        ["parallel.tensor=2", "model.vocab_size=259", "model.tied_embeddings=false"],
+        ["parallel.tensor=2", "embedding.weight", "divide 259"],
+        2,
+    ),
+    "tensor and features": (["parallel.tensor=4", "model.intermediate_size=42"], ["feed_forward", "divide 42"], 4),
+    "tensor beyond kv heads": (
+        ["model.num_heads=12", "model.num_kv_heads=4", "parallel.tensor=6"],
+        ["parallel.tensor=6", "num_kv_heads=4", "use 1, 2, 4 or 12"],
+    ),
+    "ring length": (["parallel.context=3"], ["sequence_length=256", "context=3", "ring", "multiple of 6", "use 258"]),
+    "ring and tensor length": (
+        ["parallel.context=2", "parallel.tensor=8", "train.sequence_length=24"],
+        ["sequence_length=24", "tensor=8", "multiple of 16", "use 32"],
+    ),
+    "ulysses heads": (
+        ["parallel.context=8", "parallel.tensor=2", "parallel.context_mode=ulysses", "model.num_heads=8"],
+        ["parallel.context=8", "4 query heads", "1, 2 or 4", "context_mode=ring"],
+    ),
+    "unknown schedule": (
+        ["parallel.pipeline=2", "parallel.pipeline_schedule=zb_v"],
+        ["pipeline_schedule=zb_v", "unknown", "zbv", ".yaml"],
+    ),
+    "chunks of zbv": (
+        ["parallel.pipeline=2", "parallel.pipeline_schedule=zbv", "parallel.pipeline_chunks=3"],
+        ["pipeline_chunks=3", "zbv needs 2", "auto"],
+    ),
+    "chunks of 1f1b": (["parallel.pipeline=2", "parallel.pipeline_chunks=2"], ["pipeline_chunks=2", "1f1b needs 1"]),
+    "chunks of interleaved": (
+        ["parallel.pipeline=2", "parallel.pipeline_schedule=interleaved_1f1b", "parallel.pipeline_chunks=1"],
+        ["pipeline_chunks=1", "needs 2 or more"],
+    ),
+    "schedule without pipeline": (
+        ["parallel.pipeline_schedule=zbv"],
+        ["pipeline_schedule=zbv", "no effect", "pipeline=1"],
+    ),
+    "chunks without pipeline": (["parallel.pipeline_chunks=1"], ["pipeline_chunks=1", "no effect", "pipeline=1"]),
+    "mode without context": (["parallel.context_mode=ulysses"], ["context_mode=ulysses", "no effect", "context=1"]),
+    "overlap without tensor": (
+        ["parallel.tensor_overlap=chunked"],
+        ["tensor_overlap=chunked", "no effect", "tensor=1"],
+    ),
+    "zero 3 and pipeline": (["parallel.pipeline=2", "parallel.zero=3"], ["zero=3", "pipeline=2", "use zero=2"]),
+    "zero 1": (["parallel.zero=1"], ["parallel.zero=1", "2"]),
+    "deeper than the model": (
+        ["parallel.pipeline=4", "parallel.pipeline_schedule=zbv", "model.num_layers=6"],
+        ["pipeline=4 x 2 chunks", "num_layers=6", "every stage needs a layer"],
+    ),
+    "no table": ([*TABLE, "parallel.pipeline_schedule={folder}/none.yaml"], ["none.yaml", "cannot be read"], 2),
+    "table of prose": (
+        [*TABLE, "parallel.pipeline_schedule={folder}/prose.yaml"],
+        ["prose.yaml", "stages and ranks"],
+        2,
+    ),
+    "table that waits for ever": (
+        [*TABLE, "parallel.pipeline_schedule={folder}/stuck.yaml"],
+        ["stuck.yaml", "rank 0 waits at 0B0|deadlock"],
+        2,
+    ),
+    "table of other ranks": (
+        [*TABLE, "parallel.pipeline_schedule={folder}/three.yaml"],
+        ["three.yaml", "3 ranks", "2 are asked"],
+        2,
+    ),
+    "table of other microbatches": (
+        [*TABLE, "train.global_batch_sequences=4", "parallel.pipeline_schedule={folder}/short.yaml"],
+        ["short.yaml", "1 microbatches", "4 are asked"],
+        2,
+    ),
+    "chunks of a table": (
+        [*TABLE, "parallel.pipeline_schedule={folder}/short.yaml", "parallel.pipeline_chunks=1"],
+        ["pipeline_chunks=1", "no effect with a table"],
+    ),
+}
+
+
+def typed(line, num_processes, error):
+    """Be one of several processes of this command line; return its status, and whether it got as far as a group."""
+    os.environ["WORLD_SIZE"], sys.argv = str(num_processes), ["train.py", *line]
+    with error.open("w") as sys.stderr:
+        try:
+            main()
+        except SystemExit as end:
+            return end.code, dist.is_initialized()
+    return 0, dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_refused_before_any_group_starts(tmp_path, name):
+    for table, text in TABLES.items():
+        (tmp_path / f"{table}.yaml").write_text(text)
+    line, words, *processes = LAYOUTS[name]
+    error = tmp_path / "stderr"
+    line = [f"run.folder={tmp_path}/run", *(word.replace("{folder}", str(tmp_path)) for word in line)]
+    assert fork(1, typed, line, *(processes or [1]), error) == [(2, False)]
+    text = error.read_text()
+    check(text, words)
+    assert text.count("Error: ") == 1 and not (tmp_path / "run").exists(), text
