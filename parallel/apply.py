@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from shardwright.parallel.model import ParallelModel
 from shardwright.parallel.pipeline.execute import Channels, Executor, Microbatch, edges
 from shardwright.parallel.pipeline.schedule import Schedule, check, live_at_peak, load_schedule, make_schedule
 from shardwright.parallel.pipeline.stage import cut, split_by_cost
-from shardwright.parallel.plan import ParallelPlan, TensorStyle
+from shardwright.parallel.plan import ParallelPlan, PlanError, TensorStyle
 from shardwright.parallel.products import OVERLAPS, WeightGradients
 from shardwright.parallel.recompute import recompute
 from shardwright.parallel.shard import shard
@@ -54,6 +53,11 @@ def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfi
     names = plan.match_blocks(name for name, _ in model.named_modules())
     tensor = mesh.degrees["tensor"]
     styles = resolve(plan, model, tensor) if tensor > 1 else {}
+    if mesh.degrees["context"] > 1 and not any(_kernels(module) for module in model.modules()):
+        raise PlanError(
+            f"parallel.context={mesh.degrees['context']}: no module of this model has kernels, whose attention alone "
+            "goes round a split sequence; call self.kernels.attention, or set parallel.context=1"
+        )
     schedule = _schedule(mesh, config)
     split = [range(len(names))]
     if schedule.num_stages > 1:
@@ -119,8 +123,8 @@ def apply(
 
 
 def num_microbatches(config: TrainConfig, data_degree: int) -> int:
-    """Return the microbatches of a step on each process; the last one may be smaller."""
-    return math.ceil(config.train.global_batch_sequences // data_degree / config.train.microbatch_sequences)
+    """Return the microbatches of a step on each process."""
+    return config.train.global_batch_sequences // (data_degree * config.train.microbatch_sequences)
 
 
 def _schedule(mesh: Mesh, config: TrainConfig) -> Schedule:
@@ -148,10 +152,15 @@ def _blocks(stage: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
 
 def _install_context(stages: Iterable[nn.Module], mesh: Mesh, config: TrainConfig) -> None:
     for module in (module for stage in stages for module in stage.modules()):
-        if isinstance(kernels := getattr(module, "kernels", None), Kernels):
+        if kernels := _kernels(module):
             attention = context_attention(kernels.attention, config.parallel.context_mode, mesh.get_group("context"))
             replaced: Any = replace(kernels, attention=attention)
             module.kernels = replaced
+
+
+def _kernels(module: nn.Module) -> Kernels | None:
+    kernels = getattr(module, "kernels", None)
+    return kernels if isinstance(kernels, Kernels) else None
 
 
 def _hidden_states(

@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from shardwright.conf.schema import AdamWConfig, LambConfig
-from shardwright.parallel.gradients import local, sharded_over, square_norms
+from shardwright.parallel.gradients import like, local, sharded_over, square_norms
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -84,7 +83,7 @@ class Optimizer(abc.ABC):
         """Return the moments by parameter name, sharded like the parameters, and the number of updates."""
         states = {name: self._adamw.state[p] for name, p in self._locals.items()}
         moments = {
-            name: {moment: _like(self._parameters[name], state[moment]) for moment in _MOMENTS}
+            name: {moment: like(self._parameters[name], state[moment].detach()) for moment in _MOMENTS}
             for name, state in states.items()
         }
         return {"num_updates": int(next(iter(states.values()))["step"].item()), "moments": moments}
@@ -151,16 +150,3 @@ class Lamb(Optimizer):
 def make_optimizer(config: AdamWConfig | LambConfig, model: Parameterised) -> Optimizer:
     """Return the optimizer that the config names, over the parameters of `model`."""
     return Lamb(config, model) if isinstance(config, LambConfig) else AdamW(config, model)
-
-
-def _like(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    if not isinstance(parameter, DTensor):
-        return part.detach()
-    return DTensor.from_local(
-        part.detach(),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

@@ -14,7 +14,7 @@ LAYOUTS = [
     (2, "context=2"),
     (2, "pipeline=2 schedule=zbv"),
     (2, "replicate=2"),
-    (3, "shard=3"),
+    (3, "shard=3 microbatch=2"),
     (3, "pipeline=3 schedule=zb_h1"),
     (4, "tensor=4"),
     (4, "shard=2 tensor=2"),
@@ -30,7 +30,14 @@ OPTIONS = ["layers=4 tied=true", "layers=4 tied=false"]
 
 def overrides(corpus, folder, num_steps, options, layout):
     steps = [f"train.num_steps={num_steps}", "checkpoint.every_steps=2", "schedule.decay_fraction=0"]
-    return small(corpus, folder, "train.sequence_length=32", *steps, *spell_out(f"{options} {layout}"))
+    return small(
+        corpus,
+        folder,
+        "train.sequence_length=32",
+        "train.microbatch_sequences=3",
+        *steps,
+        *spell_out(f"{options} {layout}"),
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What several tests need: processes by fork, small runs, and their records."""
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -168,6 +169,7 @@ def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    gc.freeze()  # collections need not look at, and so copy, what the parent had
     try:
         for args in calls:
             if timeout_seconds is not None:
