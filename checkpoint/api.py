@@ -137,7 +137,8 @@ def _choose_own(pieces: dict[str, Piece], rank: int) -> dict[str, Piece]:
     for other, boxes in enumerate(held):
         for name, box in boxes.items():
             writers.setdefault((name, box), other)
-    return {name: p for name, p in pieces.items() if p.box.numel and writers[name, p.box] == rank}
+    wanted = {name: p for name, p in pieces.items() if p.box.numel or 0 in p.shape}
+    return {name: p for name, p in wanted.items() if writers[name, p.box] == rank}
 
 
 def _commit(folder: Path, gathered: list[Any], values: dict[str, Any]) -> None:

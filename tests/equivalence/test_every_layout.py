@@ -21,13 +21,13 @@ LAYOUTS = {
     recompute=selective parallel_block=true tied=true
     """,
     2: """
-    tensor=2
+    tensor=2 batch=2
     tensor=2 overlap=chunked batch=2
     tensor=2 microbatch=2
     tensor=2 overlap=chunked microbatch=2 parallel_block=true
     tensor=2 tied=true parallel_block=true batch=2
     tensor=2 recompute=selective batch=2
-    context=2
+    context=2 batch=2
     context=2 mode=ulysses batch=2
     context=2 window=7 batch=2
     context=2 mode=ulysses window=7 microbatch=2
@@ -70,13 +70,13 @@ LAYOUTS = {
     pipeline=2 replicate=2
     pipeline=2 shard=2
     pipeline=2 context=2 batch=2
-    pipeline=2 tensor=2
+    pipeline=2 tensor=2 batch=3 layers=3
     replicate=2 shard=2 batch=8
     replicate=2 context=2 layers=2
     replicate=2 tensor=2 layers=2
     shard=2 context=2 layers=2
-    shard=2 tensor=2
-    context=2 tensor=2 batch=2
+    shard=2 tensor=2 layers=3
+    context=2 tensor=2 batch=2 layers=3
     context=2 tensor=2 window=7 microbatch=2 layers=2
     context=2 mode=ulysses tensor=2 overlap=chunked batch=2 layers=2
     pipeline=2 schedule=interleaved_1f1b shard=2

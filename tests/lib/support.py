@@ -153,7 +153,7 @@ def _fork(num_processes, function, calls, timeout_seconds=None):
 def _read(file):
     file.seek(0)
     outcomes = []
-    with suppress(EOFError):
+    with suppress(EOFError, pickle.UnpicklingError):  # the end, or a process that was killed while it wrote
         while True:
             outcomes.append(pickle.load(file))
     return outcomes
@@ -174,8 +174,8 @@ def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
         for args in calls:
             if timeout_seconds is not None:
                 faulthandler.dump_traceback_later(timeout_seconds, exit=True, file=2)
-            ok, value = _outcome(function, args)
-            pickle.dump((ok, value), file)
+            ok, told = _outcome(function, args)
+            file.write(told)
             file.flush()
             if not ok:
                 break
@@ -185,9 +185,9 @@ def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
 
 def _outcome(function, args):
     try:
-        return True, function(*args)
+        return True, pickle.dumps((True, function(*args)))
     except BaseException:
-        return False, traceback.format_exc()
+        return False, pickle.dumps((False, traceback.format_exc()))
 
 
 def started_world():
