@@ -1,12 +1,15 @@
 """The support matrix of docs/parallelism.md: `python tests/lib/support_matrix.py` writes it, a test compares it."""
 
+import copy
 import importlib.util
+from functools import cache
 from itertools import product
 
+import yaml
 from support import ROOT, TINY, spell_out
 
 from shardwright.conf import ConfigError
-from shardwright.conf.load import load_config
+from shardwright.conf.load import from_dict, load_config, to_dict
 
 PAGE = ROOT / "docs" / "parallelism.md"
 BEGIN, END = "<!-- matrix -->\n", "<!-- /matrix -->"
@@ -71,11 +74,20 @@ def layouts():
     return [name for names in module.NAMES.values() for name in names]
 
 
+@cache
+def plain():
+    """A config without parallelism, as plain containers."""
+    return to_dict(load_config(TINY))
+
+
 def refused(one, other):
-    """Whether the config refuses two features together."""
-    merged = {word.split("=", 1)[0]: word for word in f"{one} {other}".split()}
+    """Whether the config refuses two axes together."""
+    raw = copy.deepcopy(plain())
+    for setting in spell_out(f"{one} {other}"):
+        path, _, value = setting.partition("=")
+        raw["parallel"][path.removeprefix("parallel.")] = yaml.safe_load(value)
     try:
-        load_config([*TINY, *spell_out(" ".join(merged.values()))])
+        from_dict(raw)
     except ConfigError:
         return True
     return False
@@ -93,7 +105,8 @@ def matrix():
             continue
         count = sum(has(layout, rows[row]) and has(layout, AXES[column]) for layout in tested)
         same_axis = row != column and axis_of.get(row) == axis_of[column]
-        cell = "" if same_axis else "x" if refused(rows[row], AXES[column]) else str(count)
+        impossible = row in AXES and not same_axis and refused(rows[row], AXES[column])
+        cell = "" if same_axis else "x" if impossible else str(count)
         lines[-1] += f" {cell} |"
     return "\n".join(lines) + "\n"
 
