@@ -39,6 +39,9 @@ def reference(
 ) -> torch.Tensor:
     """Attend causally inside each document; softmax in float32.
 
+    float32 inputs are computed in float64 throughout, so that any way to split the sum over keys, such as a ring's,
+    rounds to the same float32 result.
+
     Args:
         q_BTHD: queries.
         k_BTKD: keys; query head h reads key head h // (H / K).
@@ -53,12 +56,22 @@ def reference(
         [B, T, H, D] in the dtype of the queries.
     """
     groups = q_BTHD.shape[2] // k_BTKD.shape[2]
-    q_BHTD, k_BKTD, v_BKTD = (x.transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
+    q_BHTD, k_BKTD, v_BKTD = (widen(x).transpose(1, 2) for x in (q_BTHD, k_BTKD, v_BTKD))
     k_BHTD, v_BHTD = (x.repeat_interleave(groups, dim=1) for x in (k_BKTD, v_BKTD))
-    scores = (q_BHTD @ k_BHTD.transpose(-1, -2)).float() * q_BTHD.shape[-1] ** -0.5
+    scores = (q_BHTD @ k_BHTD.transpose(-1, -2)).to(softmax_dtype(q_BHTD)) * q_BTHD.shape[-1] ** -0.5
     scores = scores.masked_fill(~attention_mask(positions_BT, window), -torch.inf)
     weights = scores.softmax(-1).to(v_BHTD.dtype)
-    return (weights @ v_BHTD).transpose(1, 2)
+    return (weights @ v_BHTD).transpose(1, 2).to(q_BTHD.dtype)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 as float64, and anything else as it is."""
+    return x.double() if x.dtype == torch.float32 else x
+
+
+def softmax_dtype(scores: torch.Tensor) -> torch.dtype:
+    """Return float64 for float64, and else float32."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
 def sdpa(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from shardwright.kernels.attention import softmax_dtype, widen
+
 _NOTHING = torch.finfo(torch.float32).min  # log-sum-exp of no keys: as good as -inf, and no NaN from a difference
 
 
@@ -66,14 +68,15 @@ def block_forward(
             0 <= t + offset - s <= before[t].
 
     Returns:
-        The weighted values [B, T, H, D], and the logarithm of the sum of exponentiated scores [B, T, H], both float32.
+        The weighted values [B, T, H, D], and the logarithm of the sum of exponentiated scores [B, T, H], both float32
+        (float64 for float64 inputs).
         A query that sees no key of the block has zeros and the lowest float32.
     """
     scores = _scores(q_BTHD, k_BSKD, before_BT, offset)
     lse = scores.logsumexp(-1).clamp(min=_NOTHING)
     weights = (scores - lse[..., None]).exp().to(v_BSKD.dtype)
     out = torch.einsum("bkgts,bskd->btkgd", weights, v_BSKD)
-    return out.flatten(2, 3).float(), lse.flatten(1, 2).transpose(1, 2)
+    return out.flatten(2, 3).to(lse.dtype), lse.flatten(1, 2).transpose(1, 2)
 
 
 def block_backward(
@@ -113,9 +116,10 @@ def block_backward(
 
 
 def _scores(q_BTHD: torch.Tensor, k_BSKD: torch.Tensor, before_BT: torch.Tensor, offset: int) -> torch.Tensor:
-    """Return float32 scores [B, K, G, T, S], -inf where a query does not see a key."""
+    """Return scores [B, K, G, T, S] in the softmax's dtype, -inf where a query does not see a key."""
     q_BTKGD = q_BTHD.unflatten(2, (k_BSKD.shape[2], -1))
-    scores = torch.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BSKD).float() * q_BTHD.shape[-1] ** -0.5
+    scores = torch.einsum("btkgd,bskd->bkgts", q_BTKGD, k_BSKD)
+    scores = scores.to(softmax_dtype(scores)) * q_BTHD.shape[-1] ** -0.5
     queries, keys = (torch.arange(x.shape[1], device=x.device) for x in (q_BTHD, k_BSKD))
     distance_TS = queries[:, None] + offset - keys
     seen_BTS = (distance_TS >= 0) & (distance_TS <= before_BT[..., None])
@@ -152,15 +156,17 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTHD, k_BTKD, v_BTKD, positions_BT, reach: int, group: dist.ProcessGroup) -> torch.Tensor:
         before_BT = positions_BT.clamp(max=reach - 1)
-        out_BTHD = torch.zeros(q_BTHD.shape, dtype=torch.float32, device=q_BTHD.device)
+        wide_BTHD = widen(q_BTHD)  # as the reference: the sum over keys is split without a trace
+        out_BTHD = torch.zeros_like(wide_BTHD, dtype=softmax_dtype(wide_BTHD))
         lse_BTH = torch.full_like(out_BTHD[..., 0], _NOTHING)
         length = q_BTHD.shape[1] // 2
         for source, (k, v) in _visitors(k_BTKD, v_BTKD, group):
             for rows, keys, offset in ring_blocks(group.size(), group.rank(), source, length, reach):
-                part = block_forward(q_BTHD[:, rows], k[:, keys], v[:, keys], before_BT[:, rows], offset)
+                k_BSKD, v_BSKD = widen(k[:, keys]), widen(v[:, keys])
+                part = block_forward(wide_BTHD[:, rows], k_BSKD, v_BSKD, before_BT[:, rows], offset)
                 _merge(out_BTHD[:, rows], lse_BTH[:, rows], *part)
         out_BTHD = out_BTHD.to(q_BTHD.dtype)
-        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, out_BTHD, lse_BTH, before_BT)
+        ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, out_BTHD, lse_BTH.float(), before_BT)
         ctx.reach, ctx.group = reach, group
         return out_BTHD
 
