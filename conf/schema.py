@@ -203,10 +203,9 @@ RecomputeConfig = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class AdamWConfig:
-    """AdamW (arXiv 1711.05101); norms and biases are not decayed."""
+class OptimConfig:
+    """What the optimizers have in common; norms and biases are not decayed."""
 
-    kind: Literal["adamw"]
     peak_lr: PositiveFloat
     beta1: Fraction
     beta2: Fraction
@@ -216,16 +215,17 @@ class AdamWConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class LambConfig:
-    """LAMB (arXiv 1904.00962), for large batches; norms and biases are neither decayed nor scaled by a trust ratio."""
+class AdamWConfig(OptimConfig):
+    """AdamW (arXiv 1711.05101)."""
+
+    kind: Literal["adamw"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LambConfig(OptimConfig):
+    """LAMB (arXiv 1904.00962), for large batches; norms and biases are not scaled by a trust ratio either."""
 
     kind: Literal["lamb"]
-    peak_lr: PositiveFloat
-    beta1: Fraction
-    beta2: Fraction
-    eps: PositiveFloat
-    weight_decay: NonNegativeFloat
-    max_grad_norm: PositiveFloat | None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

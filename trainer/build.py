@@ -207,4 +207,10 @@ def _announce(config: TrainConfig, ready: Prepared, num_parameters: int, resumed
         f"= {train.num_steps * train.tokens_per_step / 1e6:.1f} M tokens; "
         f"settings in {config.run.folder}/config.yaml"
     )
+    schedule, split = ready.layout.schedule, ready.layout.split
+    if len(split) > 1:
+        sizes = ", ".join(f"{len(blocks)} on rank {rank}" for blocks, rank in zip(split, schedule.ranks, strict=True))
+        logger.info(
+            f"pipeline {schedule.name}, {schedule.num_microbatches} microbatches; blocks of each stage: {sizes}"
+        )
     logger.info(f"resumed from {resumed}" if resumed else "starting afresh: no checkpoint to resume from")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from shardwright.conf.schema import AdamWConfig, LambConfig
+from shardwright.conf.schema import AdamWConfig, LambConfig, OptimConfig
 from shardwright.parallel.gradients import like, local, sharded_over, square_norms
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -36,7 +36,7 @@ class Optimizer(abc.ABC):
         kernel_decay: weight decay that the kernel itself applies, to all but norms and biases.
     """
 
-    def __init__(self, config: AdamWConfig | LambConfig, model: Parameterised, *, kernel_decay: float) -> None:
+    def __init__(self, config: OptimConfig, model: Parameterised, *, kernel_decay: float) -> None:
         self._parameters = dict(model.named_parameters())
         self._locals = {name: nn.Parameter(local(p.detach())) for name, p in self._parameters.items()}
         decayed = [p for name, p in self._locals.items() if self._parameters[name].ndim > 1]

@@ -31,6 +31,7 @@ SAME_LOSS = {
 }
 OTHER_LOSS = {
     2: ["tensor=2", "tensor=2 overlap=chunked", "context=2"],
+    3: ["shard=3 batch=6"],
     4: ["tensor=4", "pipeline=2 schedule=zbv tensor=2", "shard=2 tensor=2", "context=2 tensor=2"],
 }
 SAME_LOSS_OF_REFERENCES = {  # the ring splits sums over keys, which only the reference computes in float64
@@ -73,7 +74,7 @@ def assemble(ranks):
 def steps():
     """(number of processes, layout) -> results by rank."""
     found = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 2, 3, 4):
         layouts = [layout for n, layout in CASES if n == processes]
         for layout, ranks in fork_each(
             processes, first_step, configs(["", *layouts] if processes == 1 else layouts)

@@ -104,7 +104,7 @@ def merge(results):
     return {step: sorted(row for result in results for row in result[step]) for step in results[0]}
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 3])
 def test_saved_on_four_resumed_on_fewer(corpus, tmp_path, uninterrupted, processes):
     overrides = small(corpus, tmp_path, "checkpoint.every_steps=5")
     whole = small(corpus, tmp_path / "whole", "train.num_steps=14")

@@ -90,6 +90,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path, corpus):
     assert f"run.folder={tmp_path} is in use by process {os.getpid()} on " in done.stderr
 
 
+@pytest.mark.slow
 def test_standard_library_with_the_defaults_learns(tmp_path):
     """The command of the README, shortened: llama_tiny on stdlib, three steps, no network."""
     done = command(

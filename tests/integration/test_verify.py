@@ -276,6 +276,7 @@ def test_a_users_own_model(own_model):
     assert "mine on 4 processes" in done.stdout and "blocks." in done.stdout
 
 
+@pytest.mark.slow
 def test_a_users_own_model_with_a_wrong_plan(own_model, tmp_path):
     text = MINE.replace('"blocks.*.norm": SequenceSharded(),', "")
     (tmp_path / "mine.py").write_text(text)
@@ -312,6 +313,7 @@ def test_bad_input(line, words, monkeypatch, capsys):
         assert word in shown.err, shown.err
 
 
+@pytest.mark.slow
 def test_random_layouts():
     done = run("--random", "2", "--processes", "4", "--seed", "1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,7 +71,7 @@ def layouts():
     spec = importlib.util.spec_from_file_location("every_layout", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return [name for names in module.NAMES.values() for name in names]
+    return [name for part in module.NAMES.values() for names in part.values() for name in names]
 
 
 @cache
