@@ -24,6 +24,12 @@ class Kernels:
     swiglu: Callable[..., torch.Tensor] = swiglu.OP.reference
     linear_cross_entropy: Callable[..., torch.Tensor] = linear_cross_entropy.OP.reference
 
+    @classmethod
+    def of(cls, module: Any) -> Kernels | None:
+        """Return what a module has as its `kernels`, if it has any."""
+        kernels = getattr(module, "kernels", None)
+        return kernels if isinstance(kernels, cls) else None
+
 
 def select(wanted: Any, *, device: str, dtype: torch.dtype, sizes: Mapping[str, int | None]) -> Kernels:
     """Choose every op's implementation.

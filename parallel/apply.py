@@ -53,7 +53,7 @@ def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfi
     names = plan.match_blocks(name for name, _ in model.named_modules())
     tensor = mesh.degrees["tensor"]
     styles = resolve(plan, model, tensor) if tensor > 1 else {}
-    if mesh.degrees["context"] > 1 and not any(_kernels(module) for module in model.modules()):
+    if mesh.degrees["context"] > 1 and not any(Kernels.of(module) for module in model.modules()):
         raise PlanError(
             f"parallel.context={mesh.degrees['context']}: no module of this model has kernels, whose attention alone "
             "goes round a split sequence; call self.kernels.attention, or set parallel.context=1"
@@ -84,6 +84,7 @@ def apply(
     if schedule.num_stages > 1:
         stages = {stage: cut(model, plan, layout.split, stage) for stage in schedule.stages_of(rank)}
     blocks = {stage: _blocks(module, plan) for stage, module in stages.items()}
+    all_blocks = [block for several in blocks.values() for block in several]
     if mesh.degrees["context"] > 1:
         _install_context(stages.values(), mesh, config)
     if layout.styles:
@@ -92,10 +93,10 @@ def apply(
         for module in stages.values():
             tensor.install(module)
     elif schedule.splits_backward:
-        split_backward([block for several in blocks.values() for block in several], gradients)
+        split_backward(all_blocks, gradients)
     live = live_at_peak(schedule, rank)
     recompute(
-        [block for several in blocks.values() for block in several],
+        all_blocks,
         config.recompute,
         [live[stage] for stage, several in blocks.items() for _ in several],
     )
@@ -133,14 +134,10 @@ def _schedule(mesh: Mesh, config: TrainConfig) -> Schedule:
     if num_ranks == 1:
         return make_schedule("1f1b", num_ranks=1, num_chunks=1, num_microbatches=count)
     if parallel.pipeline_schedule.endswith((".yaml", ".yml")):
-        schedule = load_schedule(parallel.pipeline_schedule, num_ranks=num_ranks, num_microbatches=count)
-    else:
-        schedule = make_schedule(
-            parallel.pipeline_schedule,
-            num_ranks=num_ranks,
-            num_chunks=parallel.num_chunks,
-            num_microbatches=count,
-        )
+        return load_schedule(parallel.pipeline_schedule, num_ranks=num_ranks, num_microbatches=count)
+    schedule = make_schedule(
+        parallel.pipeline_schedule, num_ranks=num_ranks, num_chunks=parallel.num_chunks, num_microbatches=count
+    )
     check(schedule)
     return schedule
 
@@ -152,15 +149,10 @@ def _blocks(stage: nn.Module, plan: ParallelPlan) -> list[nn.Module]:
 
 def _install_context(stages: Iterable[nn.Module], mesh: Mesh, config: TrainConfig) -> None:
     for module in (module for stage in stages for module in stage.modules()):
-        if kernels := _kernels(module):
+        if kernels := Kernels.of(module):
             attention = context_attention(kernels.attention, config.parallel.context_mode, mesh.get_group("context"))
             replaced: Any = replace(kernels, attention=attention)
             module.kernels = replaced
-
-
-def _kernels(module: nn.Module) -> Kernels | None:
-    kernels = getattr(module, "kernels", None)
-    return kernels if isinstance(kernels, Kernels) else None
 
 
 def _hidden_states(

@@ -218,7 +218,7 @@ class RecomputedBlock:
         names: set[str] = set()
         leaves: dict[nn.Module, str] = {}
         for path, module in block.named_modules():
-            if isinstance(kernels := getattr(module, "kernels", None), Kernels):
+            if kernels := Kernels.of(module):
                 wrapped: Any = replace(kernels, **{op: self.remember(getattr(kernels, op), op) for op in KERNELS})
                 module.kernels = wrapped
                 names.update(KERNELS)

@@ -109,7 +109,7 @@ class TensorParallel:
                     self._distribute(part)
                 self._replace_forward(modules, name, style)
         for module in modules.values():
-            if isinstance(kernels := getattr(module, "kernels", None), Kernels):
+            if kernels := Kernels.of(module):
                 replaced: Any = replace(kernels, linear_cross_entropy=self._linear_cross_entropy)
                 module.kernels = replaced
 

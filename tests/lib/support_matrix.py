@@ -37,7 +37,6 @@ OPTIONS = {
     "several sequences per microbatch": "microbatch=2",
     "LAMB": "optim=lamb",
 }
-DEFAULTS = {"schedule": "1f1b", "mode": "ring", "overlap": "none"}
 
 
 def settings(text):
