@@ -142,10 +142,13 @@ def _fork(num_processes, function, calls, timeout_seconds=None):
         port = probe.getsockname()[1]
     with ExitStack() as files:
         outcomes = [files.enter_context(tempfile.TemporaryFile()) for _ in range(num_processes)]
+        ended, held = os.pipe()
         pids = [
-            os.fork() or _work(num_processes, port, rank, file, function, calls, timeout_seconds)
+            os.fork() or _work(num_processes, port, rank, file, function, calls, timeout_seconds, (ended, held))
             for rank, file in enumerate(outcomes)
         ]
+        os.close(ended)
+        os.close(held)
         statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         return [(status, _read(file)) for status, file in zip(statuses, outcomes, strict=True)]
 
@@ -159,7 +162,7 @@ def _read(file):
     return outcomes
 
 
-def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
+def _work(num_processes, port, rank, file, function, calls, timeout_seconds, pipe):
     """Be the process of a rank; does not return."""
     os.environ.update(
         RANK=str(rank),
@@ -179,8 +182,17 @@ def _work(num_processes, port, rank, file, function, calls, timeout_seconds):
             file.flush()
             if not ok:
                 break
+        else:
+            if rank == 0:
+                _outlast_peers(*pipe)
     finally:
         os._exit(0)
+
+
+def _outlast_peers(ended, held):
+    """Wait until no other process holds the pipe: the first rank serves the store that its peers may still ask."""
+    os.close(held)
+    os.read(ended, 1)
 
 
 def _outcome(function, args):
