@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from shardwright.checkpoint.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,7 @@ class Box:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.sizes:
-            count *= size
-        return count
+        return math.prod(self.sizes)
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,63 @@ class Piece:
     tensor: torch.Tensor
 
 
-def piece_of(tensor: torch.Tensor) -> Piece:
-    """Describe a plain tensor, which is whole, or a DTensor."""
+@dataclass(frozen=True)
+class FlatSlice:
+    """A run of a tensor's elements in row-major order, such as the shard that ZeRO gives a process of it.
+
+    Attributes:
+        shape: shape of the global tensor.
+        start: index of the first element in the flattened tensor.
+        tensor: the elements, one-dimensional and contiguous, sharing memory with their owner.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    tensor: torch.Tensor
+
+
+def pieces_of(tensor: torch.Tensor | FlatSlice) -> list[Piece]:
+    """Return what this process holds of a tensor: a plain one is whole, a DTensor its shard, a flat slice its boxes.
+
+    Raises:
+        CheckpointError: a DTensor whose value is a sum that is still to be made.
+    """
+    if isinstance(tensor, FlatSlice):
+        flat, first, pieces = tensor.tensor.detach(), 0, []
+        for box in decompose(tensor.shape, tensor.start, tensor.start + flat.numel()):
+            pieces.append(Piece(tensor.shape, box, flat[first : first + box.numel].view(box.sizes)))
+            first += box.numel
+        return pieces
+    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        shape = tuple(tensor.shape)
-        return Piece(shape, Box((0,) * len(shape), shape), tensor.detach())
+        return [Piece(shape, Box((0,) * len(shape), shape), tensor.detach())]
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise CheckpointError(f"a tensor of shape {shape} is a pending sum ({tensor.placements}); redistribute it first")
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Piece(tuple(tensor.shape), Box(tuple(offsets), tuple(sizes)), tensor.to_local().detach())
+    return [Piece(shape, Box(tuple(offsets), tuple(sizes)), tensor.to_local().detach())]
+
+
+def decompose(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Cut the run [start, stop) of a row-major tensor into boxes, in order: at most two per dim, and one more.
+
+    Source: ByteCheckpoint (arXiv 2407.20143, section 3.2), which decomposes irregular tensors instead of gathering them.
+    """
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield Box((start,) * len(shape), (stop - start,) * len(shape))
+        return
+    row = math.prod(shape[1:])
+    first_whole, end_whole = -(-start // row), stop // row
+    if first_whole > end_whole:  # within one row
+        yield from _in_row(shape, end_whole, start - end_whole * row, stop - end_whole * row)
+        return
+    yield from _in_row(shape, first_whole - 1, start - (first_whole - 1) * row, row)
+    if end_whole > first_whole:
+        yield Box((first_whole, *(0 for _ in shape[1:])), (end_whole - first_whole, *shape[1:]))
+    yield from _in_row(shape, end_whole, 0, stop - end_whole * row)
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+    for box in decompose(shape[1:], start, stop):
+        yield Box((row, *box.offsets), (1, *box.sizes))

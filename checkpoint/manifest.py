@@ -1,143 +1,281 @@
-"""The manifest: one JSON file that says where every box of every tensor lies. Its presence means: complete."""
+"""The manifest: one file that says where every box of every tensor lies. Its presence means: complete.
+
+It is a safetensors file itself. Names, values and files are JSON in its header; boxes and checksums, of which a large run
+has millions, are columns of numbers that are read without being parsed. docs/checkpoint.md specifies it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
+import math
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import xxhash
-from pydantic import TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic import Field, TypeAdapter, ValidationError
 
 from shardwright.checkpoint.box import Box
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
 
-NAME = "manifest.json"
-FORMAT = 1
+NAME = "manifest.safetensors"
+FORMAT = 2
+BLOCK_BYTES = 2**20  # every data file has one checksum per block of this size; the last block may be shorter
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
-        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
-        torch.int8, torch.uint8, torch.bool,
+        torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-_FILE_NAME = re.compile(r"[A-Za-z0-9_-]+\.safetensors")
-
-
-@checked_dataclass(frozen=True)
-class StoredBox:
-    """A box of a tensor: `bytes` bytes from `start` of `file`, row-major, little-endian, with their XXH3-64."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    bytes: int
-    xxh3: str
-
-    @property
-    def box(self) -> Box:
-        """Where it lies in the tensor."""
-        return Box(self.offsets, self.sizes)
-
-
-@checked_dataclass(frozen=True)
-class StoredTensor:
-    """A tensor: its global shape, and boxes that cover it without overlap."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    boxes: tuple[StoredBox, ...]
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
+_MAX_NUMEL = 2**60  # and of bytes: sums stay within int64
+_MAX_DIMS = 16
+_COLUMNS = {  # name: (safetensors dtype, numpy dtype, dims)
+    "box.tensor": ("U32", "<u4", 1),
+    "box.file": ("U32", "<u4", 1),
+    "box.start": ("I64", "<i8", 1),
+    "box.offsets": ("I64", "<i8", 2),
+    "box.sizes": ("I64", "<i8", 2),
+    "block.xxh3": ("U64", "<u8", 1),
+    "xxh3": ("U64", "<u8", 1),
+}
+_Size = Annotated[int, Field(ge=0, lt=_MAX_NUMEL)]
+_TENSORS = TypeAdapter(list[tuple[str, str, Annotated[list[_Size], Field(max_length=_MAX_DIMS)]]])
+_FILES = TypeAdapter(list[tuple[Annotated[str, Field(pattern=f"^{_FILE_NAME.pattern}$")], _Size]])
 
 
 @dataclass(frozen=True)
+class TensorInfo:
+    """What a tensor is, wherever its boxes lie: its dtype and global shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """N stored boxes as columns, sorted by tensor.
+
+    Attributes:
+        tensor: [N] index of the tensor in the manifest's order.
+        file: [N] index of the file.
+        start: [N] first byte in the file; the box is row-major and contiguous from there.
+        offsets: [N, D] first index along each dim, 0 for the dims that a tensor lacks.
+        sizes: [N, D] extent along each dim, 1 for the dims that a tensor lacks.
+    """
+
+    tensor: np.ndarray
+    file: np.ndarray
+    start: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def box(self, row: int, num_dims: int) -> Box:
+        """Return a row as a box."""
+        return Box(tuple(self.offsets[row, :num_dims].tolist()), tuple(self.sizes[row, :num_dims].tolist()))
+
+
+@dataclass(frozen=True, eq=False)
 class Manifest:
-    """All tensors and values of a checkpoint by name, and the size of every file."""
+    """A checkpoint without its data.
 
-    tensors: dict[str, StoredTensor]
+    Attributes:
+        tensors: by name, in the order that `boxes.tensor` counts.
+        values: JSON values by name.
+        files: name -> bytes, in the order that `boxes.file` counts.
+        boxes: of all tensors; those of a tensor cover it without overlap.
+        digests: [sum of blocks] uint64, XXH3-64 of every block of every file, in order.
+    """
+
+    tensors: dict[str, TensorInfo]
     values: dict[str, Any]
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int]
+    boxes: Boxes
+    digests: np.ndarray
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensors' names in order."""
+        return list(self.tensors)
+
+    def rows(self, name: str) -> range:
+        """Return which rows of `boxes` are those of a tensor."""
+        return self._rows[name]
+
+    def file_of(self, row: int) -> str:
+        """Return the name of the file of a box."""
+        return self._file_names[self.boxes.file[row]]
+
+    def digests_of(self, file: str) -> np.ndarray:
+        """Return the checksums of a file's blocks."""
+        first = self._first_blocks[file]
+        return self.digests[first : first + num_blocks(self.files[file])]
+
+    @cached_property
+    def _file_names(self) -> list[str]:
+        return list(self.files)
+
+    @cached_property
+    def _first_blocks(self) -> dict[str, int]:
+        counts = [0, *(num_blocks(size) for size in self.files.values())]
+        return dict(zip(self.files, np.cumsum(counts).tolist(), strict=False))
+
+    @cached_property
+    def _rows(self) -> dict[str, range]:
+        bounds = np.searchsorted(self.boxes.tensor, np.arange(len(self.tensors) + 1)).tolist()
+        return {name: range(*pair) for name, pair in zip(self.tensors, itertools.pairwise(bounds), strict=True)}
 
 
-_ADAPTER = TypeAdapter(Manifest)
+def num_blocks(size_bytes: int) -> int:
+    """Return the number of checksums of a file."""
+    return -(-size_bytes // BLOCK_BYTES)
 
 
-def write(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest so that it appears whole or not at all, and survives a crash from then on."""
-    body = {"format": FORMAT, **_ADAPTER.dump_python(manifest, mode="json")}
-    document = {**body, "xxh3": _digest(body)}
-    temporary = folder / f"{NAME}.part"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / NAME)
-    sync_folder(folder)
-    sync_folder(folder.parent)
+def digest_blocks(data: memoryview) -> list[int]:
+    """Return the XXH3-64 of each block of a file, or of a part of it that begins with a block."""
+    starts = range(0, len(data), BLOCK_BYTES)
+    return [xxhash.xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) for start in starts]
 
 
-def read(folder: Path) -> Manifest:
-    """Read a manifest and check it: form, its own checksum, names and sizes of the files.
+def encode(manifest: Manifest) -> bytes:
+    """Return the file's bytes."""
+    boxes = manifest.boxes
+    columns = dict(
+        zip(
+            _COLUMNS,
+            (boxes.tensor, boxes.file, boxes.start, boxes.offsets, boxes.sizes, manifest.digests, np.zeros(1)),
+            strict=True,
+        )
+    )
+    tensors = [[name, dtype_name(t.dtype), list(t.shape)] for name, t in manifest.tensors.items()]
+    parts = {"tensors": tensors, "values": manifest.values, "files": list(manifest.files.items())}
+    header: dict[str, Any] = {
+        "__metadata__": {"format": str(FORMAT), **{key: json.dumps(part) for key, part in parts.items()}}
+    }
+    arrays, end = [], 0
+    for name, (dtype, numpy_dtype, _) in _COLUMNS.items():
+        array = np.ascontiguousarray(columns[name], dtype=numpy_dtype)
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        arrays.append(array)
+        end += array.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    body = b"".join([len(head).to_bytes(8, "little"), head, *(array.data for array in arrays[:-1])])
+    return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
+
+
+def decode(data: bytes, path: str) -> Manifest:
+    """Check the bytes of a manifest, and return it; its columns share their memory.
+
+    Args:
+        data: the whole file.
+        path: of the file, for messages.
 
     Raises:
-        CheckpointError: there is none, or it cannot be trusted; the text names the file.
+        DamagedError: the bytes are not what was written, or describe what cannot be.
+        CheckpointError: written in another format.
     """
-    path = folder / NAME
+
+    def require(holds: bool | np.bool_, what: str) -> None:
+        if not holds:
+            raise DamagedError(f"{path} is damaged: {what}; use another checkpoint")
+
+    require(len(data) >= 16, f"it has {len(data)} bytes")
+    require(xxhash.xxh3_64_intdigest(memoryview(data)[:-8]).to_bytes(8, "little") == data[-8:], "its checksum differs")
+    head_bytes = int.from_bytes(data[:8], "little")
+    require(8 + head_bytes <= len(data), f"a header of {head_bytes} bytes does not fit")
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} is no complete checkpoint: {NAME} is missing; give a folder that holds one"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged: {error}; use another checkpoint") from error
-    if not isinstance(document, dict) or document.pop("xxh3", None) != _digest(document):
-        raise DamagedError(f"{path} is damaged: its checksum does not match its content; use another checkpoint")
-    if document.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} is not of format {FORMAT}; use a version of shardwright that reads it")
-    try:
-        manifest = _ADAPTER.validate_python(document)
-    except ValidationError as error:
-        raise DamagedError(f"{path} is malformed: {error}; use another checkpoint") from error
-    _check(folder, manifest)
-    return manifest
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names created in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(body, sort_keys=True).encode())
-
-
-def _check(folder: Path, manifest: Manifest) -> None:
-    for name, size in manifest.files.items():
-        path = folder / name
-        if not _FILE_NAME.fullmatch(name):
-            raise DamagedError(f"{folder / NAME} names a file {name!r} outside the folder; do not use it")
-        if not path.is_file():
-            raise DamagedError(f"{path} is missing; the checkpoint is damaged; use another one")
-        if path.stat().st_size != size:
-            raise DamagedError(
-                f"{path} has {path.stat().st_size} bytes, its manifest says {size}; it is damaged; use another one"
+        header = json.loads(data[8 : 8 + head_bytes])
+        metadata = header["__metadata__"]
+        if metadata["format"] != str(FORMAT):
+            raise CheckpointError(
+                f"{path} is of format {metadata['format']}, this version reads {FORMAT}; use the version that wrote it"
             )
-    for name, tensor in manifest.tensors.items():
-        covered = sum(stored.box.numel for stored in tensor.boxes)
-        if tensor.dtype not in DTYPES or covered != Box((), tensor.shape).numel:
-            raise DamagedError(f"{folder / NAME}: the boxes of {name} do not make up its shape {tensor.shape}")
-        width = DTYPES[tensor.dtype].itemsize
-        for stored in tensor.boxes:
-            fits = stored.start >= 0 and stored.start + stored.bytes <= manifest.files.get(stored.file, -1)
-            if not fits or stored.bytes != width * stored.box.numel or len(stored.offsets) != len(tensor.shape):
-                raise DamagedError(f"{folder / NAME}: a box of {name} does not fit {stored.file}; use another one")
+        tensors = _TENSORS.validate_json(metadata["tensors"])
+        files = _FILES.validate_json(metadata["files"])
+        values = json.loads(metadata["values"])
+        columns = {name: _column(header[name], data, 8 + head_bytes, *kind) for name, kind in _COLUMNS.items()}
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{path} is malformed: {error}; use another checkpoint") from error
+    require(isinstance(values, dict), "its values are no table")
+    require(len({name for name, _, _ in tensors}) == len(tensors), "a tensor is there twice")
+    require(len(dict(files)) == len(files), "a file is there twice")
+    unknown = {dtype for _, dtype, _ in tensors} - DTYPES.keys()
+    require(not unknown, f"unknown dtypes {unknown}")
+    infos = {name: TensorInfo(DTYPES[dtype], tuple(shape)) for name, dtype, shape in tensors}
+    *of_boxes, digests, _ = columns.values()
+    _check(infos, dict(files), Boxes(*of_boxes), len(digests), require)
+    return Manifest(infos, values, dict(files), Boxes(*of_boxes), digests)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return how a dtype is named in a manifest."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _column(entry: Mapping[str, Any], data: bytes, body: int, dtype: str, numpy_dtype: str, dims: int) -> np.ndarray:
+    shape, (first, last) = entry["shape"], entry["data_offsets"]
+    width = np.dtype(numpy_dtype).itemsize
+    sound = all(isinstance(n, int) and n >= 0 for n in (first, last, *shape)) and len(shape) == dims
+    if not sound or entry["dtype"] != dtype or last - first != math.prod(shape) * width or body + last > len(data):
+        raise ValueError(f"a column {entry} does not fit")
+    return np.frombuffer(data, numpy_dtype, math.prod(shape), body + first).reshape(shape)
+
+
+def _check(
+    tensors: dict[str, TensorInfo],
+    files: dict[str, int],
+    boxes: Boxes,
+    num_digests: int,
+    require: Callable[[bool | np.bool_, str], None],
+) -> None:
+    """Hold the columns against each other, all rows at once."""
+    count, dims = boxes.offsets.shape
+    lengths = {len(boxes.tensor), len(boxes.file), len(boxes.start), len(boxes.sizes)}
+    require(lengths == {count} and boxes.sizes.shape[1] == dims, "its columns differ in length")
+    require(dims == max((len(t.shape) for t in tensors.values()), default=0), "its columns lack a dim")
+    require(num_digests == sum(num_blocks(size) for size in files.values()), "checksums and files do not agree")
+    require(all(math.prod(t.shape) < _MAX_NUMEL // 8 for t in tensors.values()), "a tensor is too large")
+    require(sum(files.values()) < _MAX_NUMEL, "its files are too large")
+    shapes = np.ones((len(tensors), dims), dtype=np.int64)
+    for row, info in enumerate(tensors.values()):
+        shapes[row, : len(info.shape)] = info.shape
+    if count:
+        require(bool((boxes.tensor[1:] >= boxes.tensor[:-1]).all()), "its boxes are not in order")
+        require(boxes.tensor.max() < len(tensors), "a box is of no tensor")
+        require(boxes.file.max() < len(files), "a box is in no file")
+        outer = shapes[boxes.tensor]
+        inside = (
+            (boxes.offsets >= 0) & (boxes.sizes >= 0) & (boxes.sizes <= outer) & (boxes.offsets <= outer - boxes.sizes)
+        )
+        require(bool(inside.all()), "a box reaches out of its tensor")
+    numels = boxes.sizes.prod(axis=1, dtype=np.int64)
+    covered = _sums(numels, boxes.tensor, len(tensors))
+    require(bool((covered == shapes.prod(axis=1)).all()), "boxes do not make up their tensor")
+    widths = np.array([t.dtype.itemsize for t in tensors.values()] or [1], dtype=np.int64)
+    lengths_bytes = numels * widths[boxes.tensor]
+    sizes = np.array(list(files.values()) or [0], dtype=np.int64)
+    fits = (boxes.start >= 0) & (boxes.start <= sizes[boxes.file] - lengths_bytes)
+    require(bool(fits.all()), "a box reaches out of its file")
+    used = _sums(lengths_bytes, boxes.file, len(files))
+    require(bool((used <= sizes[: len(files)]).all()), "boxes overlap in a file")
+
+
+def _sums(amounts: np.ndarray, keys: np.ndarray, count: int) -> np.ndarray:
+    totals = np.zeros(count, dtype=np.int64)
+    np.add.at(totals, keys, amounts)
+    return totals

@@ -1,80 +1,495 @@
-"""Bytes of boxes in safetensors files, written with checksums and read back only if these hold."""
+"""Where the files of a checkpoint lie: a local folder, or one of an object store.
+
+An object store is named by a URL, such as `s3://bucket/folder`, and reached through fsspec, which needs a package for
+most protocols (s3: `pip install 'shardwright[s3]'`). S3 is set up by the variables that all its tools read:
+`AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` (or `AWS_PROFILE`, or the role of the machine), `AWS_REGION`, and for a
+server other than Amazon's `AWS_ENDPOINT_URL`. Any option of fsspec's file system can be given as
+`FSSPEC_<PROTOCOL>_<OPTION>`, such as `FSSPEC_S3_ENDPOINT_URL`; these are read when Python imports fsspec.
+"""
 
 from __future__ import annotations
 
-import json
+import abc
+import errno
+import fcntl
+import logging
 import os
-import struct
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from fsspec.core import url_to_fs
 
-from shardwright.checkpoint.box import Piece
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
-from shardwright.checkpoint.manifest import DTYPES, StoredBox
+
+CHUNK_BYTES = 64 * 2**20
+MAX_ATTEMPTS = 6
+FIRST_PAUSE_SECONDS = 0.5
+
+_BLOCK_BYTES = 4096  # direct writes are made of whole ones, in file and memory
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+_URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]+):/{1,3}(?P<rest>.*)")
+_HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)
+_REMEDIES = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there",
+    errno.EACCES: "give a folder that may be written",
+    errno.EPERM: "give a folder that may be written",
+    errno.EROFS: "give a folder that may be written",
+}
+
+_logger = logging.getLogger(__name__)
+_random = random.SystemRandom()  # neither equal after a fork nor that of the training
+_kept: set[Any] = set()  # file systems: in a forked process, collecting one of the parent waits for its thread, in vain
+
+T = TypeVar("T")
 
 
-def checksum(data: np.ndarray) -> str:
-    """Return the XXH3-64 of an array's bytes, in hexadecimal."""
-    return xxhash.xxh3_64_hexdigest(data.data)
+class Storage(abc.ABC):
+    """One folder of files. Names are plain file names, never paths. All methods may be called from several threads.
+
+    Attributes:
+        path: as given, for messages.
+        is_local: whether it is a folder of the operating system.
+        max_file_bytes: files that are written should not be larger.
+    """
+
+    path: str
+    is_local: bool
+    max_file_bytes: int
+
+    @abc.abstractmethod
+    def make(self) -> None:
+        """Create the folder, and those above it, unless there.
+
+        Raises:
+            CheckpointError: it cannot be created.
+        """
+
+    @abc.abstractmethod
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file in the folder itself by name; nothing if there is no folder.
+
+        Raises:
+            CheckpointError: it cannot be listed.
+        """
+
+    @abc.abstractmethod
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one; nothing if there is none.
+
+        Raises:
+            CheckpointError: it cannot be listed.
+        """
+
+    @abc.abstractmethod
+    def child(self, name: str) -> Storage:
+        """Return the storage of a folder in this one, there or not."""
+
+    @abc.abstractmethod
+    def read(self, name: str, start: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes of a file from `start` on.
+
+        Raises:
+            DamagedError: the file is missing, too short or cannot be read.
+            CheckpointError: the object store refuses, or does not answer.
+        """
+
+    @abc.abstractmethod
+    def read_all(self, name: str) -> bytes:
+        """Return a whole, small file; raises as `read`."""
+
+    @abc.abstractmethod
+    def write(self, name: str, size: int, chunks: Iterator[memoryview]) -> None:
+        """Create a file that survives a crash from then on; if this fails, for whatever reason, there is none.
+
+        Args:
+            name: of the file.
+            size: of the file, in bytes.
+            chunks: the bytes in order. Each is valid only until the next one is asked for. Page-aligned chunks of whole
+                pages (the last one: of any size) are the fastest.
+
+        Raises:
+            CheckpointError: it cannot be written. What `chunks` raises comes through.
+        """
+
+    @abc.abstractmethod
+    def commit(self, name: str, data: bytes) -> None:
+        """Create or replace a small file: whole or not at all, whenever it is interrupted; it survives a crash.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+
+    @abc.abstractmethod
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files, if there.
+
+        Raises:
+            CheckpointError: one cannot be deleted.
+        """
+
+    @abc.abstractmethod
+    def remove_folder(self) -> None:
+        """Delete the folder, if there, with all that it holds; in no order, so delete first what marks it complete.
+
+        Raises:
+            CheckpointError: something cannot be deleted.
+        """
 
 
-def write_pieces(folder: Path, file: str, pieces: dict[str, Piece]) -> dict[str, StoredBox]:
-    """Write pieces of tensors to one file and make it durable.
+def open_storage(path: str | Path) -> Storage:
+    """Return the storage of a folder, there or not.
+
+    Args:
+        path: a local folder, `file:///folder`, or a URL that fsspec knows: `s3://bucket/folder`, `memory://folder`.
 
     Raises:
-        CheckpointError: the disk refuses; the partial file is removed.
+        CheckpointError: the protocol is unknown, or its package is missing.
     """
-    path = folder / file
-    tensors = {name: piece.tensor.cpu().contiguous() for name, piece in pieces.items()}
-    try:
-        save_file(tensors, path)
-        with open(path, "rb+") as stream:
-            os.fsync(stream.fileno())
-            (header_bytes,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(header_bytes))
-    except (OSError, SafetensorError) as error:
-        path.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error}; free or repair the disk") from error
-    stored = {}
-    for name, piece in pieces.items():
-        first, last = (8 + header_bytes + end for end in header[name]["data_offsets"])
-        digest = checksum(_bytes_of(tensors[name]))
-        stored[name] = StoredBox(piece.box.offsets, piece.box.sizes, file, first, last - first, digest)
-    return stored
+    url = _URL.fullmatch(str(path))  # with one slash too: that is what pathlib makes of a URL
+    if url is None:
+        return LocalStorage(Path(path))
+    protocol, rest = url["protocol"].lower(), url["rest"]
+    if protocol == "file":
+        return LocalStorage(Path("/") / rest)
+    return RemoteStorage(f"{protocol}://{rest.rstrip('/')}")
 
 
-def read_into(folder: Path, name: str, dtype: str, stored: StoredBox, target: Piece) -> None:
-    """Copy what a stored box and a local piece have in common; the whole box is verified first.
+class LocalStorage(Storage):
+    """A folder that the operating system knows, local or mounted. Writes go past the page cache where they can.
 
-    Raises:
-        CheckpointError: the bytes are not those that were written, or cannot be read.
+    Measured: that is 1.5 to 4 times as fast as through the cache, which stays free for others.
     """
-    common = stored.box.intersect(target.box)
-    if common is None:
-        return
-    path = folder / stored.file
+
+    is_local = True
+    max_file_bytes = 2**40
+
+    def __init__(self, folder: Path) -> None:
+        self.path = str(folder)
+        self._folder = folder
+
+    def make(self) -> None:
+        """Create the folder, and those above it."""
+        missing = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        with _refused(self._folder, "created"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for folder in missing:
+                _sync_folder(folder.parent)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file by name."""
+        sizes = {}
+        for entry in self._entries():
+            with _refused(entry.path, "listed"), suppress(FileNotFoundError):  # deleted meanwhile
+                if entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+        return sizes
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one."""
+        return [entry.name for entry in self._entries() if entry.is_dir()]
+
+    def child(self, name: str) -> LocalStorage:
+        """Return the storage of a folder in this one."""
+        return LocalStorage(self._folder / name)
+
+    def read(self, name: str, start: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes of a file from `start` on."""
+        path = self._folder / name
+        with _unreadable(path), open(path, "rb", buffering=0) as file:
+            done = 0
+            while done < len(into):
+                count = os.preadv(file.fileno(), [into[done:]], start + done)
+                if count == 0:
+                    raise _too_short(path, start, len(into), done)
+                done += count
+
+    def read_all(self, name: str) -> bytes:
+        """Return a whole file."""
+        path = self._folder / name
+        with _unreadable(path):
+            return path.read_bytes()
+
+    def write(self, name: str, size: int, chunks: Iterator[memoryview]) -> None:
+        """Create a file that survives a crash from then on."""
+        path, position = self._folder / name, 0
+        with _refused(path, "written"):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for chunk in chunks:
+                with _refused(path, "written"):
+                    _write_at(descriptor, chunk, position)
+                position += len(chunk)
+            assert position == size, f"{path}: {position} bytes came, not {size}"
+            with _refused(path, "written"):
+                os.fsync(descriptor)
+                _sync_folder(self._folder)
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+
+    def commit(self, name: str, data: bytes) -> None:
+        """Create or replace a file: whole or not at all."""
+        path, temporary = self._folder / name, self._folder / f"{name}.part"
+        self.write(temporary.name, len(data), iter([memoryview(data)]))
+        try:
+            with _refused(path, "written"):
+                os.replace(temporary, path)
+                _sync_folder(self._folder)
+                _sync_folder(self._folder.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files, if there."""
+        for name in names:
+            with _refused(self._folder / name, "deleted"):
+                (self._folder / name).unlink(missing_ok=True)
+
+    def remove_folder(self) -> None:
+        """Delete the folder with all that it holds."""
+        with _refused(self._folder, "deleted"), suppress(FileNotFoundError):
+            shutil.rmtree(self._folder)
+
+    def _entries(self) -> list[os.DirEntry[str]]:
+        with _refused(self._folder, "listed"), suppress(FileNotFoundError):
+            return list(os.scandir(self._folder))
+        return []
+
+
+def _write_at(descriptor: int, data: memoryview, position: int) -> None:
+    """Write all bytes of a chunk: whole blocks directly, where the file system and the address allow it."""
+    direct = _set_direct(descriptor, True)
+    while data:
+        if len(data) < _BLOCK_BYTES and direct:
+            direct = _set_direct(descriptor, False)
+        count = len(data) // _BLOCK_BYTES * _BLOCK_BYTES if direct else len(data)
+        try:
+            count = os.pwrite(descriptor, data[:count], position)
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            direct, count = _set_direct(descriptor, False), 0
+        data, position = data[count:], position + count
+
+
+def _set_direct(descriptor: int, wanted: bool) -> bool:
+    """Let writes go past the page cache, or not; return whether they do."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_O_DIRECT
     try:
-        data = np.fromfile(path, dtype=np.uint8, count=stored.bytes, offset=stored.start)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT if wanted else flags)
+    except OSError:  # some file systems know no direct writes
+        return False
+    return wanted and _O_DIRECT != 0
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the answer of file systems that need no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _refused(path: str | Path, done: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, done, error) from error
+
+
+@contextmanager
+def _unreadable(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing; use another checkpoint") from error
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}; repair the disk or use another checkpoint") from error
-    if data.nbytes != stored.bytes or checksum(data) != stored.xxh3:
-        raise DamagedError(f"{path} is damaged: the bytes of {name} do not match their checksum; use another one")
-    source = torch.from_numpy(data).view(DTYPES[dtype]).view(stored.sizes)
-    with torch.no_grad():
-        target.tensor[common.within(target.box)].copy_(source[common.within(stored.box)])
 
 
-def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+def _refusal(path: str | Path, done: str, error: OSError) -> CheckpointError:
+    remedy = _REMEDIES.get(error.errno or 0, "repair the disk or give another folder")
+    return CheckpointError(f"{path} cannot be {done}: {error.strerror or error}; {remedy}")
 
 
-def remove_others(folder: Path, keep: set[str]) -> None:
-    """Delete the files that earlier, unfinished saves left in a folder."""
-    for path in folder.iterdir():
-        if path.is_file() and path.name not in keep:
-            path.unlink(missing_ok=True)
+def _too_short(path: str | Path, start: int, wanted: int, there: int) -> DamagedError:
+    return DamagedError(f"{path} is damaged: it has {there} of {wanted} bytes from {start} on; use another checkpoint")
+
+
+class RemoteStorage(Storage):
+    """A folder of an object store, or of another file system that fsspec knows.
+
+    What fails is tried again after growing pauses, `MAX_ATTEMPTS` times in all, unless it is hopeless: a file that is
+    not there, or access that is denied. A file is one upload, which the store makes visible when it is complete.
+    """
+
+    is_local = False
+    max_file_bytes = CHUNK_BYTES  # so that an upload is held in memory and can be tried again
+
+    def __init__(self, path: str) -> None:
+        if re.search(r"[*?\[]", path):
+            raise CheckpointError(f"{path} holds one of * ? [, which are patterns to fsspec; give a path without them")
+        self.path = path
+        self._root: str = _connect(path)[1]
+
+    def make(self) -> None:
+        """Create the folder. An object store has none, but its bucket must be there."""
+
+        def make(files: Any) -> None:
+            if self._root.startswith("/"):
+                files.makedirs(self._root, exist_ok=True)
+            else:
+                with suppress(FileExistsError, PermissionError):  # writing may be allowed where asking is not
+                    files.mkdir(self._root, create_parents=False)  # a misspelt bucket is not to be made
+
+        with self._no_bucket("created"):
+            self._attempt(self.path, "created", make)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every file by name."""
+        return {name: entry["size"] for name, entry in self._entries().items() if entry["type"] == "file"}
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders in this one."""
+        return [name for name, entry in self._entries().items() if entry["type"] == "directory"]
+
+    def child(self, name: str) -> RemoteStorage:
+        """Return the storage of a folder in this one."""
+        return RemoteStorage(f"{self.path}/{name}")
+
+    def read(self, name: str, start: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes of a file from `start` on."""
+        file, stop = f"{self._root}/{name}", start + len(into)
+
+        def fetch(files: Any) -> bytes:
+            try:
+                return files.cat_file(file, start=start, end=stop)
+            except OSError as error:
+                if error.errno == errno.EINVAL and files.size(file) <= start:  # S3 refuses ranges beyond the end
+                    return b""
+                raise
+
+        with _unreadable(f"{self.path}/{name}"):
+            data = self._attempt(f"{self.path}/{name}", "read", fetch) if into else b""
+        if len(data) != len(into):
+            raise _too_short(f"{self.path}/{name}", start, len(into), len(data))
+        into[:] = data
+
+    def read_all(self, name: str) -> bytes:
+        """Return a whole file."""
+        with _unreadable(f"{self.path}/{name}"):
+            return self._attempt(f"{self.path}/{name}", "read", lambda files: files.cat_file(f"{self._root}/{name}"))
+
+    def write(self, name: str, size: int, chunks: Iterator[memoryview]) -> None:
+        """Create a file."""
+        data = b"".join([bytes(chunk) for chunk in chunks])
+        assert len(data) == size, f"{self.path}/{name}: {len(data)} bytes came, not {size}"
+        try:
+            self.commit(name, data)
+        except BaseException:
+            with suppress(Exception):  # an upload may have arrived, and only the answer not
+                _connect(self.path)[0].rm_file(f"{self._root}/{name}")
+            raise
+
+    def commit(self, name: str, data: bytes) -> None:
+        """Create or replace a file: whole or not at all."""
+        with self._no_bucket("written"):
+            self._attempt(f"{self.path}/{name}", "written", lambda files: files.pipe_file(f"{self._root}/{name}", data))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Delete files, if there."""
+        wanted = set(names)
+
+        def remove(files: Any) -> None:
+            if there := wanted & self._list(files).keys():
+                with suppress(FileNotFoundError):
+                    files.rm([f"{self._root}/{name}" for name in sorted(there)])
+            if left := wanted & self._list(files).keys():  # s3fs does not say so
+                raise OSError(f"{', '.join(sorted(left))} would not go")
+
+        self._attempt(self.path, "emptied", remove)
+
+    def remove_folder(self) -> None:
+        """Delete the folder with all that it holds."""
+        with suppress(FileNotFoundError):
+            self._attempt(self.path, "deleted", lambda files: files.rm(self._root, recursive=True))
+
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return self._attempt(self.path, "listed", self._list)
+
+    def _list(self, files: Any) -> dict[str, dict[str, Any]]:
+        """Return what fsspec says about files and folders by name."""
+        try:
+            entries = files.ls(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        inside = f"{self._root}/"
+        names = {entry["name"].rstrip("/").removeprefix(inside): entry for entry in entries}
+        return {name: entry for name, entry in names.items() if name and "/" not in name}
+
+    def _attempt(self, path: str, done: str, operation: Callable[[Any], T]) -> T:
+        """Run an operation of the file system, again if it fails; only FileNotFoundError comes through as it is."""
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return operation(_connect(self.path)[0])
+            except FileNotFoundError:
+                raise
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}"
+                if isinstance(error, _HOPELESS):
+                    raise CheckpointError(
+                        f"{path} cannot be {done}: {cause}; check the address, the credentials and their rights"
+                    ) from error
+                if attempt == MAX_ATTEMPTS:
+                    raise CheckpointError(
+                        f"{path} cannot be {done}: {cause} at each of {attempt} attempts; check the network"
+                    ) from error
+            pause = FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * _random.uniform(0.5, 1.5)
+            _logger.warning(f"{path} is not {done} yet: {cause}; trying again in {pause:.1f} s")
+            time.sleep(pause)
+
+    @contextmanager
+    def _no_bucket(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path} cannot be {done}: {error}; create the bucket first") from error
+
+
+def _connect(path: str) -> tuple[Any, str]:
+    """Return the file system of a URL and the path there.
+
+    Asked for at every use: connections and the thread that serves them do not survive a fork; fsspec keeps one instance
+    for each process. Listings are not cached, since other processes write there too.
+    """
+    protocol = path.partition(":")[0]
+    try:
+        files, root = url_to_fs(path, use_listings_cache=False)
+    except ImportError as error:
+        remedy = "run pip install 'shardwright[s3]'" if protocol == "s3" else "install the package that it names"
+        raise CheckpointError(f"{path} cannot be opened: {error}; {remedy}") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be opened: {error}; give a URL that fsspec knows and reaches") from error
+    if hasattr(files, "retries"):
+        files.retries = 1  # of s3fs: those of its nested calls multiply with each other and with ours
+    _kept.add(files)
+    return files, root

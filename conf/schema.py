@@ -297,9 +297,13 @@ class KernelsConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """Where and how often the state is saved, how many are kept, and what a start resumes from.
+    """Where, how and how often the state is saved, how many are kept, and what a start resumes from.
 
-    `resume`: `auto` continues from the newest complete checkpoint of `folder` if there is one, `none` starts afresh
+    `folder`: a local path, or a URL that fsspec knows, such as s3://bucket/run. `keep`: the newest so many stay, and those
+    of every `keep_every_steps`-th step. `mode`: `overlap` copies the state to host memory behind the next step's forward
+    and backward and writes it behind training, `async` trains on when it is copied, `sync` when it is written.
+    `memory_gib`: host memory for such copies, per process. `unfinished`: whether a save waits for an unfinished one or
+    drops it. `timeout_seconds`: how long processes wait for each other in a save. `resume`: `auto` continues from the newest complete checkpoint of `folder` if there is one, `none` starts afresh
     (in a folder without checkpoints), anything else is the path of a checkpoint to begin from, and to go on from
     one's own once there are any.
     """
@@ -307,6 +311,11 @@ class CheckpointConfig:
     folder: str
     every_steps: PositiveInt | None
     keep: PositiveInt
+    keep_every_steps: PositiveInt | None
+    mode: Literal["sync", "async", "overlap"]
+    memory_gib: PositiveFloat
+    unfinished: Literal["wait", "supersede"]
+    timeout_seconds: PositiveFloat
     resume: str
 
 

@@ -63,7 +63,7 @@ class Prepared:
     layout: Layout
     text: Text
     compute_dtype: torch.dtype
-    candidates: list[Path]
+    candidates: list[str]
     wandb: str | None
 
 
@@ -127,7 +127,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
         data_position = DataPosition(Position.start(config.train.global_batch_sequences))
         parts = {**engine.parts, "progress": progress, "data": data_position}
-        resumed = restore(ready.candidates, parts, automatic=ready.candidates != [Path(config.checkpoint.resume)])
+        resumed = restore(ready.candidates, parts, automatic=ready.candidates != [config.checkpoint.resume.rstrip("/")])
         _announce(config, ready, num_parameters, resumed)
 
         position = data_position.position
@@ -194,7 +194,7 @@ def plan_share(config: TrainConfig, mesh: Mesh) -> Share:
     )
 
 
-def _announce(config: TrainConfig, ready: Prepared, num_parameters: int, resumed: Path | None) -> None:
+def _announce(config: TrainConfig, ready: Prepared, num_parameters: int, resumed: str | None) -> None:
     train, flops = config.train, FAMILIES[config.model.kind].flops_per_token
     logger.info(
         f"{config.run.name}: {config.model.name}, {num_parameters:,} parameters, "

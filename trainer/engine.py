@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,10 +42,17 @@ class Engine(abc.ABC):
     """Owns model parts, optimizer and their communication; knows no steps, files or loggers."""
 
     @abc.abstractmethod
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], *, lr: float, before_update: Callable[[], None] | None = None
+    ) -> StepResult:
         """Update the weights from this process's microbatches of one global batch (collective; no host sync).
 
         A step whose gradient is not finite changes nothing, on all processes alike.
+
+        Args:
+            batches: microbatches.
+            lr: learning rate.
+            before_update: called when the gradient is under way and nothing that a checkpoint holds has changed yet.
         """
 
     @abc.abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,13 +34,17 @@ class NativeEngine(Engine):
         self._device, self._max_grad_norm = device, max_grad_norm
         self._num_skipped = torch.zeros((), dtype=torch.int64, device=device)
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], *, lr: float, before_update: Callable[[], None] | None = None
+    ) -> StepResult:
         """See `Engine`."""
         result = self.backward(batches)
         norm = result.grad_norm
         skip = ~norm.isfinite()
         self._num_skipped = self._num_skipped + skip
         scale = torch.ones_like(norm) if self._max_grad_norm is None else (norm / self._max_grad_norm).clamp(min=1.0)
+        if before_update is not None:
+            before_update()
         self.optimizer.step(lr=lr, grad_scale=scale, skip=skip)
         self.model.refresh_copies()
         return replace(result, num_skipped=self._num_skipped)

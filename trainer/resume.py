@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class DataPosition:
         self.position = Position(state["cursor"], np.array(state["lanes"], dtype=np.int64))
 
 
-def find_candidates(config: CheckpointConfig) -> list[Path]:
+def find_candidates(config: CheckpointConfig) -> list[str]:
     """Return the checkpoints to try, best first; needs no processes.
 
     A path is where a run begins: once it has checkpoints of its own, the same command goes on from these.
@@ -78,14 +78,14 @@ def find_candidates(config: CheckpointConfig) -> list[Path]:
     if config.resume == "none":
         if own:
             raise ConfigError(
-                f"checkpoint.resume=none, but checkpoint.folder={config.folder} holds {own[0].name}; a fresh run "
+                f"checkpoint.resume=none, but checkpoint.folder={config.folder} holds {_name(own[0])}; a fresh run "
                 "needs a fresh folder; choose another run.name, or drop checkpoint.resume to go on"
             )
         return []
-    path = Path(config.resume)
-    if path.resolve() in [other.resolve() for other in own[1:]]:
+    path = config.resume.rstrip("/")
+    if _real(path) in [_real(other) for other in own[1:]]:
         raise ConfigError(
-            f"checkpoint.resume={path} lies in this run's own folder, which goes on to {own[0].name}; a run that goes "
+            f"checkpoint.resume={path} lies in this run's own folder, which goes on to {_name(own[0])}; a run that goes "
             "back needs its own folder; choose another run.name, or drop checkpoint.resume to go on from the newest"
         )
     if own:
@@ -98,7 +98,7 @@ def find_candidates(config: CheckpointConfig) -> list[Path]:
     return [path]
 
 
-def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic: bool) -> Path | None:
+def restore(candidates: list[str], parts: Mapping[str, Stateful], *, automatic: bool) -> str | None:
     """Load the first candidate that is whole (collective: all processes try what rank 0 has found).
 
     Args:
@@ -113,15 +113,18 @@ def restore(candidates: list[Path], parts: Mapping[str, Stateful], *, automatic:
     dist.broadcast_object_list(found)
     (candidates,) = found
     for path in candidates:
-        damage = _try_load(path, parts)
-        if damage is None:
-            return path
-        if not automatic:
-            raise DamagedError(damage + _offer(path))
-        logger.warning(f"passed over: {damage}")
+        try:
+            report = checkpoint.load(path, parts)
+        except DamagedError as damage:
+            if not automatic:
+                raise DamagedError(f"{damage}{_offer(path)}") from None
+            logger.warning(f"passed over: {damage}")
+            continue
+        logger.info(f"read {report.read_bytes / 2**30:.2f} GiB of {path} on this process")
+        return path
     if candidates:
         raise CheckpointError(
-            f"every checkpoint in {candidates[0].parent} is damaged (see above); "
+            f"every checkpoint in {candidates[0].rpartition('/')[0]} is damaged (see above); "
             "repair one, or start afresh with another run.name"
         )
     return None
@@ -135,24 +138,9 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{path} {old} -> {new}"
 
 
-def _try_load(path: Path, parts: Mapping[str, Stateful]) -> str | None:
-    failure: CheckpointError | None = None
-    try:
-        checkpoint.load(path, parts)
-    except CheckpointError as error:
-        failure = error
-    failures: list[CheckpointError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
-    for other in failures:
-        if other is not None and not isinstance(other, DamagedError):
-            raise other
-    return next((str(other) for other in failures if other is not None), None)
-
-
-def _offer(path: Path) -> str:
+def _offer(path: str) -> str:
     """Name the newest complete checkpoint that can be used instead of a path."""
-    others = [*checkpoint.find_complete(path.parent), *checkpoint.find_complete(path)]
-    for other in others:
+    for other in [*checkpoint.find_complete(path.rpartition("/")[0] or "."), *checkpoint.find_complete(path)]:
         if other == path:
             continue
         try:
@@ -161,3 +149,11 @@ def _offer(path: Path) -> str:
             continue
         return f" (complete: checkpoint.resume={other})"
     return ""
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _real(path: str) -> str:
+    return path if "://" in path else os.path.realpath(path)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shardwright.checkpoint.box import Piece, piece_of
+from shardwright.checkpoint.box import Piece, pieces_of
 from shardwright.conf.load import from_dict, to_dict
 from shardwright.conf.schema import TrainConfig
 from shardwright.data.loader import Share
@@ -219,7 +219,7 @@ def _train(subject: Subject, num_steps: int) -> _Record:
 
 
 def _copy(tensors: Iterable[tuple[str, torch.Tensor]]) -> Pieces:
-    pieces = [(name, piece_of(tensor)) for name, tensor in tensors]
+    pieces = [(name, pieces_of(tensor)[0]) for name, tensor in tensors]
     return [(name, replace(piece, tensor=piece.tensor.clone().cpu())) for name, piece in pieces]
 
 

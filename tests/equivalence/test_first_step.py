@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import TINY, first_backward, fork, fork_each, make_engine, spell_out
 
-from shardwright.checkpoint.box import piece_of
+from shardwright.checkpoint.box import pieces_of
 from shardwright.conf.load import load_config
 from shardwright.models.blocks import RMSNorm
 
@@ -52,7 +52,7 @@ def first_step(config):
     held = []
     for stage in engine.model.stages.values():
         for name, parameter in stage.named_parameters():
-            piece = piece_of(parameter)
+            piece = pieces_of(parameter)[0]
             held.append((name, piece.shape, piece.box.offsets, piece.tensor.numpy().copy()))
     return held, first_backward(config, engine, subject.share).loss
 

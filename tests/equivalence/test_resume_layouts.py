@@ -5,7 +5,7 @@ import random
 import pytest
 from support import assert_close, curve, fork, records, small, spell_out, train
 
-from shardwright.checkpoint.box import piece_of
+from shardwright.checkpoint.box import pieces_of
 
 LAYOUTS = [
     (1, "recompute=full"),
@@ -66,7 +66,7 @@ def resumed_weights(lines):
     def keep(run, step, batches):
         for stage in run.engine.model.stages.values() if step == 2 else ():
             for name, parameter in stage.named_parameters():
-                piece = piece_of(parameter)
+                piece = pieces_of(parameter)[0]
                 held.append((name, piece.box, piece.tensor.numpy().copy()))
 
     train(lines, keep)

@@ -132,7 +132,7 @@ def poisoned():
     """One process's part of one weight is not a number after the last step."""
     inner = NativeEngine.train_step
 
-    def train_step(self, batches, *, lr):
+    def train_step(self, batches, *, lr, before_update=None):
         result = inner(self, batches, lr=lr)
         if os.environ["RANK"] == "1":
             dict(self.model.named_parameters())["norm.weight"].detach().to_local()[0] = float("nan")

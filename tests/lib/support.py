@@ -233,9 +233,9 @@ def train(overrides, at_step=None):
     if at_step is not None:
         inner = run.engine.train_step
 
-        def step(batches, *, lr):
+        def step(batches, **settings):
             at_step(run, run.progress.step, batches)
-            return inner(batches, lr=lr)
+            return inner(batches, **settings)
 
         run.engine.train_step = step
     with run.cleanup:

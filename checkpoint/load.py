@@ -1,0 +1,357 @@
+"""Loading: only the bytes that are needed, each verified; read by one process where several need them."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shardwright.checkpoint import manifest as manifests
+from shardwright.checkpoint.archive import check_files, read_manifest
+from shardwright.checkpoint.box import Box, Piece, pieces_of
+from shardwright.checkpoint.errors import CheckpointError, DamagedError
+from shardwright.checkpoint.exchange import Absent, Tree, raise_first
+from shardwright.checkpoint.files import (
+    Run,
+    Span,
+    boxes_of,
+    copy_common,
+    make_buffer,
+    plan_runs,
+    plan_spans,
+    read_span,
+    unpack,
+)
+from shardwright.checkpoint.manifest import Manifest
+from shardwright.checkpoint.state import State
+from shardwright.checkpoint.storage import CHUNK_BYTES, Storage
+
+_NUM_READERS = 4
+_WINDOW = 4  # messages under way
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How loads work.
+
+    Attributes:
+        exchange: let one process read what several need, and send it to them; `auto`: if the storage is remote or the
+            processes are on several hosts. On one host with a local disk the page cache does the same.
+        timeout_seconds: how long processes wait for each other.
+    """
+
+    exchange: bool | Literal["auto"] = "auto"
+    timeout_seconds: float = 1800.0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A span of a file, who reads it, and who else needs some of it: rank -> tensor -> boxes. Global order is `index`."""
+
+    index: int
+    span: Span
+    reader: int
+    others: dict[int, dict[str, list[Box]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did on this process, in bytes: read from the storage, received from others, needed."""
+
+    read_bytes: int
+    received_bytes: int
+    needed_bytes: int
+
+
+class Loader:
+    """One load: fills the tensors of a state in place, and replaces its values (collective).
+
+    Args:
+        tree: of the processes.
+        storage: of the checkpoint.
+        state: what to fill.
+        options: how.
+        own_files: the files that this process can read, where not all can read all.
+    """
+
+    def __init__(
+        self, tree: Tree, storage: Storage, state: State, options: LoadOptions, own_files: set[str] | None = None
+    ) -> None:
+        self._tree, self._storage, self._state, self._options = tree, storage, state, options
+        self._own_files = own_files
+        self._targets: dict[str, list[Piece]] = {}
+        self._buffers = threading.local()
+        self._pinned = any(isinstance(t, torch.Tensor) and t.is_cuda for t in state.tensors.values())
+        self._read_bytes = self._received_bytes = self._copied_bytes = 0
+        self._lock = threading.Lock()
+
+    def run(self, manifest: Manifest) -> LoadReport:
+        """Load.
+
+        Raises:
+            CheckpointError: the checkpoint lacks or mismatches something that the state has.
+            DamagedError: its bytes are not what was written. Either on all processes; the state may be partly filled.
+        """
+        self._manifest = manifest
+        self._tree.run(self._match)
+        units = self._plan()
+        self._tree.run(lambda: self._execute(units))
+        return LoadReport(self._read_bytes, self._received_bytes, self._needed_bytes)
+
+    def _match(self) -> None:
+        """Hold the state against the manifest."""
+        path = self._storage.path
+        for name, tensor in self._state.tensors.items():
+            info = self._manifest.tensors.get(name)
+            if info is None:
+                raise CheckpointError(f"{path} has no tensor {name}; it is of another model; load what it holds")
+            pieces = pieces_of(tensor)
+            shape, dtype = tuple(tensor.shape), pieces[0].tensor.dtype if pieces else info.dtype
+            if info.shape != shape or info.dtype.is_floating_point != dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{path} has {name} as {manifests.dtype_name(info.dtype)} {list(info.shape)}, this program as "
+                    f"{manifests.dtype_name(dtype)} {list(shape)}; they must agree, but for the width of floats; use the "
+                    "config that it was saved with"
+                )
+            self._targets[name] = [piece for piece in pieces if piece.box.numel]
+        for name in self._state.values:
+            if name not in self._manifest.values:
+                raise CheckpointError(f"{path} has no value {name}; it is of another kind of run; load what it holds")
+            self._state.values[name] = self._manifest.values[name]
+        self._needed_bytes = sum(
+            piece.box.numel * piece.tensor.element_size() for pieces in self._targets.values() for piece in pieces
+        )
+
+    def _plan(self) -> list[Unit]:
+        rank, exchange = self._tree.rank, self._options.exchange
+        wanted = {name: [piece.box for piece in pieces] for name, pieces in self._targets.items()}
+        if exchange == "auto":
+            hosts = set(self._tree.agree(socket.gethostname())) if self._tree.size > 1 else set()
+            exchange = self._tree.size > 1 and (not self._storage.is_local or len(hosts) > 1)
+        if not exchange and self._own_files is None:
+            spans = plan_spans(self._manifest, needed_runs(self._manifest, wanted))
+            return [Unit(index, span, rank) for index, span in enumerate(spans)]
+        gathered = self._tree.gather((wanted, self._own_files))
+        shares: list[Any] | None = None
+        if gathered is not None:
+            late = [CheckpointError(answer.reason) for answer in gathered if isinstance(answer, Absent)]
+            try:
+                raise_first(late)
+                shares = share_out(self._manifest, [w for w, _ in gathered], [f for _, f in gathered])
+            except CheckpointError as error:
+                shares = [error] * self._tree.size
+        share = self._tree.scatter(shares)
+        raise_first([share])
+        return share
+
+    def _execute(self, units: Sequence[Unit]) -> None:
+        rank = self._tree.rank
+        alone = [unit for unit in units if unit.reader == rank and not unit.others]
+        shared = [unit for unit in units if unit.reader != rank or unit.others]
+        with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checkpoint-read") as pool:
+            error = self._exchange(shared, pool)
+            futures = [pool.submit(self._read, unit) for unit in alone]
+            for future in futures:
+                try:
+                    future.result()
+                except CheckpointError as failure:
+                    error = error or failure
+                    for other in futures:
+                        other.cancel()
+                    break
+        if error is not None:
+            raise error
+        if self._copied_bytes != self._needed_bytes:
+            raise DamagedError(
+                f"{self._storage.path} is damaged: its boxes overlap, {self._copied_bytes} bytes were found for "
+                f"{self._needed_bytes}; use another checkpoint"
+            )
+
+    def _read(self, unit: Unit) -> dict[int, torch.Tensor]:
+        """Read a unit, take what this process needs of it, and return what others do, by rank."""
+        buffer = self._buffer()
+        read_span(self._storage, self._manifest, unit.span, buffer)
+        stream = torch.cuda.Stream() if self._pinned else None
+        messages: dict[int, list[torch.Tensor]] = defaultdict(list)
+        copied = 0
+        with torch.cuda.stream(stream), torch.no_grad():
+            for run, name in self._named(unit.span.runs):
+                for box, data in unpack(self._manifest, run, unit.span, buffer):
+                    copied += self._take(name, box, data)
+                    for other, wanted in unit.others.items():
+                        for target in wanted.get(name, ()):
+                            if common := box.intersect(target):
+                                messages[other].append(_flat_bytes(data[common.within(box)]))
+            packed = {other: torch.cat(parts) for other, parts in messages.items()}
+            if stream is not None:
+                stream.synchronize()
+        with self._lock:
+            self._copied_bytes += copied
+            self._read_bytes += unit.span.stop - unit.span.start
+        return packed
+
+    def _take(self, name: str, box: Box, data: torch.Tensor) -> int:
+        return sum(copy_common(box, data, piece.box, piece.tensor) for piece in self._targets.get(name, ()))
+
+    def _exchange(self, units: Sequence[Unit], pool: ThreadPoolExecutor) -> CheckpointError | None:
+        """Send and receive in the same order everywhere, a few units at a time. A reader that fails sends zeros."""
+        rank, error = self._tree.rank, None
+        reads: dict[int, Future[dict[int, torch.Tensor]]] = {}
+        under_way: list[tuple[dist.Work, Unit, torch.Tensor]] = []
+        ahead = iter(unit for unit in units if unit.reader == rank)
+        for unit in units:
+            while len(reads) < _WINDOW and (coming := next(ahead, None)) is not None:
+                reads[coming.index] = pool.submit(self._read, coming)
+            while len(under_way) >= _WINDOW:
+                self._finish(under_way.pop(0))
+            if unit.reader != rank:
+                data = torch.empty(self._expected_bytes(unit), dtype=torch.uint8)
+                under_way.append((self._tree.irecv(data, unit.reader, unit.index), unit, data))
+                continue
+            try:
+                messages = reads.pop(unit.index).result()
+            except CheckpointError as failure:
+                error = error or failure
+                messages = {other: torch.zeros(self._count(unit, w), dtype=torch.uint8) for other, w in unit.others.items()}
+            for other, data in messages.items():
+                under_way.append((self._tree.isend(data, other, unit.index), unit, data))
+        for work in under_way:
+            self._finish(work)
+        return error
+
+    def _finish(self, message: tuple[dist.Work, Unit, torch.Tensor]) -> None:
+        work, unit, data = message
+        work.wait()
+        if unit.reader == self._tree.rank:
+            return
+        done = 0
+        self._received_bytes += data.numel()
+        for run, name in self._named(unit.span.runs):
+            for box in boxes_of(self._manifest, run):
+                for piece in self._targets.get(name, ()):
+                    if common := box.intersect(piece.box):
+                        size = common.numel * run.info.dtype.itemsize
+                        part = data[done : done + size].clone().view(run.info.dtype).view(common.sizes)
+                        self._copied_bytes += copy_common(common, part, piece.box, piece.tensor)
+                        done += size
+
+    def _expected_bytes(self, unit: Unit) -> int:
+        return self._count(unit, {name: [piece.box for piece in pieces] for name, pieces in self._targets.items()})
+
+    def _count(self, unit: Unit, wanted: dict[str, list[Box]]) -> int:
+        return sum(
+            common.numel * run.info.dtype.itemsize
+            for run, name in self._named(unit.span.runs)
+            for box in boxes_of(self._manifest, run)
+            for target in wanted.get(name, ())
+            if (common := box.intersect(target))
+        )
+
+    def _named(self, runs: Iterable[Run]) -> Iterator[tuple[Run, str]]:
+        names = self._manifest.names
+        return ((run, names[self._manifest.boxes.tensor[run.row]]) for run in runs)
+
+    def _buffer(self) -> torch.Tensor:
+        if not hasattr(self._buffers, "own"):
+            self._buffers.own = make_buffer(CHUNK_BYTES, pinned=self._pinned)
+        return self._buffers.own
+
+
+def open_together(tree: Tree, storage: Storage) -> Manifest:
+    """Return the manifest of a checkpoint, read by rank 0 alone (collective; raises on all as `archive.open`)."""
+    answer: Any = None
+    if tree.rank == 0:
+        try:
+            manifest = read_manifest(storage)
+            answer = storage.read_all(manifests.NAME) if tree.size > 1 else b""
+        except CheckpointError as error:
+            answer = error
+    answer = tree.broadcast(answer)
+    raise_first([answer])
+    return manifest if tree.rank == 0 else manifests.decode(answer, f"{storage.path}/{manifests.NAME}")
+
+
+def needed_runs(manifest: Manifest, wanted: dict[str, list[Box]]) -> list[Run]:
+    """Return the runs of stored boxes that hold everything that is wanted, each stored box once."""
+    runs = []
+    for name, boxes in wanted.items():
+        info, rows = manifest.tensors[name], manifest.rows(name)
+        ranges: dict[int, list[Box]] = defaultdict(list)
+        for box in boxes:
+            for row in _touching(manifest, rows, box):
+                common = manifest.boxes.box(row, len(info.shape)).intersect(box)
+                if common is not None:
+                    ranges[row].append(common)
+        for row, commons in ranges.items():
+            runs += plan_runs(manifest, row, info, commons)
+    return runs
+
+
+def share_out(
+    manifest: Manifest, wanted: Sequence[dict[str, list[Box]]], own_files: Sequence[set[str] | None]
+) -> list[list[Unit]]:
+    """Choose who reads what, by bytes, among those that need it (else among those that can), and return it by rank.
+
+    Raises:
+        CheckpointError: nobody can read a file that is needed.
+    """
+    everything: dict[str, dict[Box, None]] = defaultdict(dict)
+    for boxes_of_rank in wanted:
+        for name, boxes in boxes_of_rank.items():
+            everything[name] |= dict.fromkeys(boxes)
+    spans = plan_spans(manifest, needed_runs(manifest, {name: list(boxes) for name, boxes in everything.items()}))
+    load = [0] * len(wanted)
+    units: list[list[Unit]] = [[] for _ in wanted]
+    for index, span in enumerate(spans):
+        needs = _needs(manifest, span, wanted)
+        able = [rank for rank, files in enumerate(own_files) if files is None or span.file in files]
+        if not able:
+            raise CheckpointError(f"no process that is left can read {span.file}; load another checkpoint")
+        reader = min([rank for rank in able if rank in needs] or able, key=lambda rank: load[rank])
+        load[reader] += span.stop - span.start
+        others = {rank: boxes for rank, boxes in needs.items() if rank != reader}
+        units[reader].append(Unit(index, span, reader, others))
+        for rank in others:
+            units[rank].append(Unit(index, span, reader))
+    return units
+
+
+def _needs(
+    manifest: Manifest, span: Span, wanted: Sequence[dict[str, list[Box]]]
+) -> dict[int, dict[str, list[Box]]]:
+    needs: dict[int, dict[str, list[Box]]] = {}
+    names = {manifest.names[manifest.boxes.tensor[run.row]]: None for run in span.runs}
+    for rank, boxes_of_rank in enumerate(wanted):
+        own = {name: boxes_of_rank[name] for name in names if name in boxes_of_rank}
+        touched = any(
+            box.intersect(target)
+            for run in span.runs
+            for box in boxes_of(manifest, run)
+            for target in own.get(manifest.names[manifest.boxes.tensor[run.row]], ())
+        )
+        if touched:
+            needs[rank] = own
+    return needs
+
+
+def _touching(manifest: Manifest, rows: range, box: Box) -> list[int]:
+    if not rows:
+        return []
+    num_dims = len(box.sizes)
+    part = slice(rows.start, rows.stop)
+    offsets, sizes = manifest.boxes.offsets[part, :num_dims], manifest.boxes.sizes[part, :num_dims]
+    ends = np.array(box.offsets, np.int64) + np.array(box.sizes, np.int64)
+    touching = (offsets < ends) & (offsets + sizes > np.array(box.offsets, np.int64))
+    return (np.flatnonzero(touching.all(axis=1)) + rows.start).tolist()
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
