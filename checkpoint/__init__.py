@@ -1,13 +1,15 @@
 """State to bytes and back, with no layout in between: usable in any PyTorch program."""
 
-from shardwright.checkpoint.api import load, read_values, save
+from shardwright.checkpoint.api import load, read_values, save, steps_in_memory
 from shardwright.checkpoint.archive import Archive, Writer, create, open
 from shardwright.checkpoint.box import Box, FlatSlice
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
 from shardwright.checkpoint.folders import find_complete, retain, step_folder
+from shardwright.checkpoint.job import Pending, SupersededError
 from shardwright.checkpoint.load import LoadOptions, LoadReport
 from shardwright.checkpoint.manifest import TensorInfo
-from shardwright.checkpoint.save import Pending, SaveOptions, Superseded
+from shardwright.checkpoint.memory import HostMemory, choose_shift
+from shardwright.checkpoint.save import SaveOptions
 from shardwright.checkpoint.state import Stateful
 
 __all__ = [
@@ -16,14 +18,16 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "FlatSlice",
+    "HostMemory",
     "LoadOptions",
     "LoadReport",
     "Pending",
     "SaveOptions",
     "Stateful",
-    "Superseded",
+    "SupersededError",
     "TensorInfo",
     "Writer",
+    "choose_shift",
     "create",
     "find_complete",
     "load",
@@ -32,4 +36,5 @@ __all__ = [
     "retain",
     "save",
     "step_folder",
+    "steps_in_memory",
 ]

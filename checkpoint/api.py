@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch.distributed as dist
 
 from shardwright.checkpoint.archive import open
-from shardwright.checkpoint.errors import CheckpointError
 from shardwright.checkpoint.exchange import Tree
+from shardwright.checkpoint.job import Pending
 from shardwright.checkpoint.load import Loader, LoadOptions, LoadReport, open_together
-from shardwright.checkpoint.save import Pending, SaveOptions, Saver
+from shardwright.checkpoint.memory import HostMemory, list_memory_steps, locate
+from shardwright.checkpoint.save import SaveOptions, Saver
 from shardwright.checkpoint.state import State, Stateful, collect, restore
 from shardwright.checkpoint.storage import open_storage
 
@@ -25,14 +26,19 @@ _kept: dict[str, Any] = {}  # the saver and the tree of the process group of now
 
 
 def save(
-    path: str | Path, parts: Mapping[str, Stateful], *, mode: Mode = "sync", options: SaveOptions | None = None
+    path: str | Path | HostMemory,
+    parts: Mapping[str, Stateful],
+    *,
+    mode: Mode = "sync",
+    options: SaveOptions | None = None,
 ) -> Pending:
     """Write the state of `parts` to a new checkpoint (collective over the default process group, if there is one).
 
     Until the last moment, when the manifest appears, the folder is no checkpoint; if it was one before, it stays that.
 
     Args:
-        path: folder to write, created if missing: a local path, or a URL that fsspec knows, such as s3://bucket/run.
+        path: folder to write, created if missing: a local path, or a URL that fsspec knows, such as s3://bucket/run; or
+            the memory of the hosts.
         parts: name -> module, torch optimizer, or anything with `state_dict()` whose leaves are tensors, DTensors and
             JSON values.
         mode: `sync` returns when the checkpoint is complete, `async` when the state has been copied to host memory,
@@ -57,11 +63,13 @@ def save(
     return pending
 
 
-def load(path: str | Path, parts: Mapping[str, Stateful], *, options: LoadOptions | None = None) -> LoadReport:
+def load(
+    path: str | Path | HostMemory, parts: Mapping[str, Stateful], *, options: LoadOptions | None = None
+) -> LoadReport:
     """Read a checkpoint into `parts`, at whatever layout these have now (collective like `save`).
 
-    Every byte that is used is verified. Tensors are filled in place, cast to the width of float that they have, and then
-    handed, with the values, to `load_state_dict`. What else the checkpoint holds is left alone.
+    Every byte that is used is verified. Tensors are filled in place, cast to the width of float that they have, and
+    then handed, with the values, to `load_state_dict`. What else the checkpoint holds is left alone.
 
     Raises:
         CheckpointError: no complete checkpoint there, a damaged one (`DamagedError`), or one that lacks or mismatches a
@@ -69,12 +77,19 @@ def load(path: str | Path, parts: Mapping[str, Stateful], *, options: LoadOption
     """
     options = options or LoadOptions()
     tree, storage = _tree(options.timeout_seconds), open_storage(path)
-    manifest = open_together(tree, storage)
+    manifest, own_files = (
+        locate(tree, storage) if isinstance(storage, HostMemory) else (open_together(tree, storage), None)
+    )
     state = State()
     tree.run(lambda: _collect_into(state, parts, manifest.tensors))
-    report = Loader(tree, storage, state, options).run(manifest)
+    report = Loader(tree, storage, state, options, own_files).run(manifest)
     tree.run(lambda: restore(parts, state))
     return report
+
+
+def steps_in_memory(memory: HostMemory) -> list[int]:
+    """Return the steps of which any host has a checkpoint in memory, newest first (collective)."""
+    return list_memory_steps(_tree(LoadOptions().timeout_seconds), memory)
 
 
 def read_values(path: str | Path) -> dict[str, Any]:

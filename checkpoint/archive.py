@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from shardwright.checkpoint.errors import CheckpointError, DamagedError
 from shardwright.checkpoint.files import (
     Entry,
     FileLayout,
+    Run,
     copy_common,
     make_buffer,
     plan_runs,
@@ -68,17 +70,32 @@ class Archive:
         target = torch.empty(box.sizes, dtype=info.dtype)
         rows = ((row, self.manifest.boxes.box(row, len(info.shape)).intersect(box)) for row in self.manifest.rows(name))
         runs = [r for row, common in rows if common for r in plan_runs(self.manifest, row, info, [common])]
-        for span in plan_spans(self.manifest, runs):
-            read_span(self.storage, self.manifest, span, self._chunk())
-            for run in span.runs:
-                for part, data in unpack(self.manifest, run, span, self._chunk()):
-                    copy_common(part, data, box, target)
+        for _, part, data in self._unpack(runs):
+            copy_common(part, data, box, target)
         return target
 
-    def verify(self) -> Iterator[str]:
-        """Read every byte, and yield what is wrong, file by file."""
-        for file, size in self.manifest.files.items():
-            digests = self.manifest.digests_of(file)
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, Box, torch.Tensor]]:
+        """Yield boxes that make up tensors, with their names and data, in the order in which the files hold them.
+
+        Every block is read and verified once. Data is contiguous, and valid only until the next is asked for.
+
+        Raises:
+            CheckpointError: there is no such tensor.
+            DamagedError: the bytes are not what was written.
+        """
+        runs: list[Run] = []
+        for name in names:
+            info = self._info(name)
+            for row in self.manifest.rows(name):
+                box = self.manifest.boxes.box(row, len(info.shape))
+                runs += plan_runs(self.manifest, row, info, [box]) if box.numel else []
+        for run, box, data in self._unpack(runs):
+            yield self.manifest.names[self.manifest.boxes.tensor[run.row]], box, data
+
+    def verify(self, files: Iterable[str] | None = None) -> Iterator[str]:
+        """Read every byte of some files, or of all, and yield what is wrong, file by file."""
+        for file in self.manifest.files if files is None else files:
+            size, digests = self.manifest.files[file], self.manifest.digests_of(file)
             try:
                 for start in range(0, size, CHUNK_BYTES):
                     data = view(self._chunk(), min(CHUNK_BYTES, size - start))
@@ -94,6 +111,13 @@ class Archive:
         if name not in self.tensors:
             raise CheckpointError(f"{self.storage.path} has no tensor {name}; ask for one that it lists")
         return self.tensors[name]
+
+    def _unpack(self, runs: Iterable[Run]) -> Iterator[tuple[Run, Box, torch.Tensor]]:
+        for span in plan_spans(self.manifest, runs):
+            read_span(self.storage, self.manifest, span, self._chunk())
+            for run in span.runs:
+                for part, data in unpack(self.manifest, run, span, self._chunk()):
+                    yield run, part, data
 
     def _chunk(self) -> torch.Tensor:
         if self._buffer is None:
@@ -135,7 +159,7 @@ def check_files(path: str, manifest: Manifest, sizes: dict[str, int]) -> None:
             raise DamagedError(f"{path}/{name} is missing; the checkpoint is damaged; use another one")
         if sizes[name] != size:
             raise DamagedError(
-                f"{path}/{name} has {sizes[name]} bytes, its manifest says {size}; it is damaged; use another checkpoint"
+                f"{path}/{name} has {sizes[name]} bytes, its manifest says {size}; it is damaged; use another one"
             )
 
 
@@ -178,14 +202,39 @@ class Writer:
             CheckpointError: the same name with another dtype or shape; the storage refuses.
         """
         info = TensorInfo(tensor.dtype, tuple(tensor.shape) if shape is None else tuple(shape))
-        if self._infos.setdefault(name, info) != info:
-            raise CheckpointError(f"{name} is added as {info}, and was as {self._infos[name]}; its boxes must agree")
+        self._note(name, info)
         box = Box((0,) * len(info.shape) if offsets is None else tuple(offsets), tuple(tensor.shape))
         limit = min(_FILE_BYTES, self._storage.max_file_bytes // 2)
         for part in split(box, max(limit // info.dtype.itemsize, 1)):
             self._waiting.append((Entry(name, info, part), tensor.detach()[part.within(box)]))
             if sum(entry.num_bytes for entry, _ in self._waiting) >= limit:
                 self._write()
+
+    def add_file(self, parts: Sequence[tuple[Entry, Callable[[], torch.Tensor]]]) -> None:
+        """Write a file of its own for some boxes. Each is loaded when its bytes are due: one is in memory at a time.
+
+        Args:
+            parts: boxes, and what loads the data of each, in the dtype and shape of the box.
+
+        Raises:
+            CheckpointError: the same name with another dtype or shape; the storage refuses.
+        """
+        for entry, _ in parts:
+            self._note(entry.name, entry.info)
+        layout = FileLayout([entry for entry, _ in parts])
+        loads = {id(entry): load for entry, load in parts}
+        tensors = _Loaded([loads[id(entry)] for entry in layout.entries])
+        digests: list[int] = []
+
+        def chunks() -> Iterator[memoryview]:
+            for index in range(layout.num_chunks):
+                chunk = view(self._buffer, layout.fill(index, self._buffer, tensors))
+                digests.extend(digest_blocks(chunk))
+                yield chunk
+
+        name = f"{len(self._written):05d}-{uuid.uuid4().hex[:12]}.safetensors"
+        self._written.append((name, layout, digests))
+        self._storage.write(name, layout.size, chunks())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -205,27 +254,34 @@ class Writer:
         if kind is not None:
             self._discard()
 
+    def _note(self, name: str, info: TensorInfo) -> None:
+        if self._infos.setdefault(name, info) != info:
+            raise CheckpointError(f"{name} is added as {info}, and was as {self._infos[name]}; its boxes must agree")
+
     def _write(self) -> None:
-        if not self._waiting:
-            return
-        layout = FileLayout([entry for entry, _ in self._waiting])
-        data = {id(entry): tensor for entry, tensor in self._waiting}
-        tensors = [data[id(entry)] for entry in layout.entries]
-        digests: list[int] = []
-
-        def chunks() -> Iterator[memoryview]:
-            for index in range(layout.num_chunks):
-                chunk = view(self._buffer, layout.fill(index, self._buffer, tensors))
-                digests.extend(digest_blocks(chunk))
-                yield chunk
-
-        name = f"{len(self._written):05d}-{uuid.uuid4().hex[:12]}.safetensors"
-        self._written.append((name, layout, digests))
-        self._storage.write(name, layout.size, chunks())
+        if self._waiting:
+            self.add_file([(entry, partial(torch.Tensor.detach, tensor)) for entry, tensor in self._waiting])
         self._waiting = []
 
     def _discard(self) -> None:
         self._storage.remove([name for name, _, _ in self._written])
+
+
+class _Loaded(Sequence[torch.Tensor]):
+    """Tensors that are loaded when asked for; the last one is kept, since a chunk may end within it."""
+
+    def __init__(self, loads: Sequence[Callable[[], torch.Tensor]]) -> None:
+        self._loads = loads
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._loads)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._last is None or self._last[0] != index:
+            self._last = None  # its memory goes before the next is loaded
+            self._last = index, self._loads[index]()
+        return self._last[1]
 
 
 def create(path: str | Path) -> Writer:

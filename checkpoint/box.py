@@ -86,7 +86,9 @@ def pieces_of(tensor: torch.Tensor | FlatSlice) -> list[Piece]:
     if not isinstance(tensor, DTensor):
         return [Piece(shape, Box((0,) * len(shape), shape), tensor.detach())]
     if any(placement.is_partial() for placement in tensor.placements):
-        raise CheckpointError(f"a tensor of shape {shape} is a pending sum ({tensor.placements}); redistribute it first")
+        raise CheckpointError(
+            f"a tensor of shape {shape} is a pending sum ({tensor.placements}); redistribute it first"
+        )
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return [Piece(shape, Box(tuple(offsets), tuple(sizes)), tensor.to_local().detach())]
 
@@ -94,7 +96,7 @@ def pieces_of(tensor: torch.Tensor | FlatSlice) -> list[Piece]:
 def decompose(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
     """Cut the run [start, stop) of a row-major tensor into boxes, in order: at most two per dim, and one more.
 
-    Source: ByteCheckpoint (arXiv 2407.20143, section 3.2), which decomposes irregular tensors instead of gathering them.
+    Source: ByteCheckpoint (arXiv 2407.20143, section 3.2), which so avoids to gather irregular tensors.
     """
     if start >= stop:
         return

@@ -1,4 +1,4 @@
-"""Messages between the processes of a run along a tree, so that none talks to thousands; and who failed to send them."""
+"""Messages between the processes of a run along a tree, so that none talks to thousands; and who sent none."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Absent:
 class Tree:
     """Gather to rank 0 and spread from there, over a gloo group of its own (collective to make).
 
-    It may be used by a thread of each process while others use other groups, but by one thread at a time. After a message
-    did not arrive it is `broken`, and a new one must be made.
+    It may be used by a thread of each process while others use other groups, but by one thread at a time. After a
+    message did not arrive it is `broken`, and a new one must be made.
 
     Args:
         timeout_seconds: how long a process waits for each of those below it in the tree.
@@ -40,7 +40,9 @@ class Tree:
         self.timeout_seconds = timeout_seconds
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30), group_desc="checkpoint")
+            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30), group_desc="checkpoint")
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
             self._store = dist.PrefixStore(f"checkpoint/{self._group.group_name}", _get_default_store())
         # The other end of a message that has begun may itself be waiting for others.
         self._patience_seconds = timeout_seconds * (3 + _height(0, self.size))
@@ -69,7 +71,7 @@ class Tree:
                 absent = pickle.dumps(Absent(f"rank {child} {reason}"))
                 messages |= dict.fromkeys(_subtree(child, self.size), absent)
         if self.rank:
-            self._store.set(f"{self._num_gathers}/{self.rank}", b"")
+            self._store.set(f"{self._num_gathers}/{self.rank}", "")
             self._send(messages, self._parent)
             return None
         return [pickle.loads(messages[rank]) for rank in range(self.size)]
@@ -148,9 +150,8 @@ class Tree:
             return self._receive(self._parent, self._patience_seconds)
         except RuntimeError as error:
             self.broken = True
-            raise CheckpointError(
-                f"[rank {self.rank}] heard nothing: rank {self._parent} {_explain(error, self._patience_seconds)}; see what that rank says"
-            ) from error
+            reason = f"rank {self._parent} {_explain(error, self._patience_seconds)}"
+            raise CheckpointError(f"[rank {self.rank}] heard nothing: {reason}; see what that rank says") from error
 
     def _send(self, messages: dict[int, bytes], to: int) -> None:
         data = torch.frombuffer(bytearray(pickle.dumps(messages)), dtype=torch.uint8)
@@ -171,7 +172,7 @@ class Tree:
         self._wait(dist.irecv(size, source, group=self._group), seconds)
         data = torch.empty(int(size), dtype=torch.uint8)
         self._wait(dist.irecv(data, source, group=self._group), seconds)
-        return pickle.loads(memoryview(data.numpy()))
+        return pickle.loads(data.numpy().tobytes())
 
     @staticmethod
     def _wait(work: dist.Work | None, seconds: float) -> None:

@@ -118,7 +118,7 @@ def make_buffer(size_bytes: int, *, pinned: bool) -> torch.Tensor:
 
 def view(buffer: torch.Tensor, num_bytes: int) -> memoryview:
     """Return the first bytes of a buffer, without a copy."""
-    return memoryview(buffer.numpy())[:num_bytes]
+    return memoryview(buffer.numpy())[:num_bytes]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Span:
 
 
 def plan_runs(manifest: Manifest, row: int, info: TensorInfo, commons: Sequence[Box]) -> Iterator[Run]:
-    """Yield the runs of a stored box that hold some boxes within it: from their first element to their last, in order."""
+    """Yield the runs of a stored box that hold some boxes within it: from first element to last, in order."""
     box, itemsize = manifest.boxes.box(row, len(info.shape)), info.dtype.itemsize
     strides = [math.prod(box.sizes[dim + 1 :]) for dim in range(len(box.sizes))]
     local = [common.within(box) for common in commons]

@@ -18,11 +18,11 @@ def step_folder(folder: str | Path, step: int) -> str:
 def find_complete(folder: str | Path) -> list[str]:
     """Return the checkpoints of a run, newest first: the step folders that have a manifest, damaged or not."""
     storage = open_storage(folder)
-    names = [name for name in _steps(storage) if manifests.NAME in storage.child(name).sizes()]
+    names = [name for name in list_steps(storage) if manifests.NAME in storage.child(name).sizes()]
     return [f"{str(folder).rstrip('/')}/{name}" for name in names]
 
 
-def retain(folder: str | Path, keep: int, keep_every_steps: int | None = None) -> None:
+def retain(folder: str | Path | Storage, keep: int, keep_every_steps: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and those of every M-th step, and what unfinished saves left behind.
 
     Call on one process while no save is under way. A manifest goes first, so that a half-deleted checkpoint is never
@@ -35,7 +35,7 @@ def retain(folder: str | Path, keep: int, keep_every_steps: int | None = None) -
     """
     storage = open_storage(folder)
     num_complete = 0
-    for name in _steps(storage):
+    for name in list_steps(storage):
         child = storage.child(name)
         complete = manifests.NAME in child.sizes()
         num_complete += complete
@@ -45,7 +45,7 @@ def retain(folder: str | Path, keep: int, keep_every_steps: int | None = None) -
             child.remove_folder()
 
 
-def _steps(storage: Storage) -> list[str]:
+def list_steps(storage: Storage) -> list[str]:
     """Return the names of the step folders, newest first."""
     names = [name for name in storage.folders() if name.removeprefix(_PREFIX).isdecimal() and name.startswith(_PREFIX)]
     return sorted(names, key=lambda name: int(name.removeprefix(_PREFIX)), reverse=True)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright.checkpoint import manifest as manifests
-from shardwright.checkpoint.archive import check_files, read_manifest
+from shardwright.checkpoint.archive import read_manifest
 from shardwright.checkpoint.box import Box, Piece, pieces_of
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
 from shardwright.checkpoint.exchange import Absent, Tree, raise_first
@@ -54,7 +54,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class Unit:
-    """A span of a file, who reads it, and who else needs some of it: rank -> tensor -> boxes. Global order is `index`."""
+    """A span of a file, who reads it, and who else needs some of it: rank -> tensor -> boxes. In order of `index`."""
 
     index: int
     span: Span
@@ -118,8 +118,8 @@ class Loader:
             if info.shape != shape or info.dtype.is_floating_point != dtype.is_floating_point:
                 raise CheckpointError(
                     f"{path} has {name} as {manifests.dtype_name(info.dtype)} {list(info.shape)}, this program as "
-                    f"{manifests.dtype_name(dtype)} {list(shape)}; they must agree, but for the width of floats; use the "
-                    "config that it was saved with"
+                    f"{manifests.dtype_name(dtype)} {list(shape)}; they must agree, but for the width of floats; use "
+                    "the config that it was saved with"
                 )
             self._targets[name] = [piece for piece in pieces if piece.box.numel]
         for name in self._state.values:
@@ -220,7 +220,9 @@ class Loader:
                 messages = reads.pop(unit.index).result()
             except CheckpointError as failure:
                 error = error or failure
-                messages = {other: torch.zeros(self._count(unit, w), dtype=torch.uint8) for other, w in unit.others.items()}
+                messages = {
+                    other: torch.zeros(self._count(unit, w), dtype=torch.uint8) for other, w in unit.others.items()
+                }
             for other, data in messages.items():
                 under_way.append((self._tree.isend(data, other, unit.index), unit, data))
         for work in under_way:
@@ -324,9 +326,7 @@ def share_out(
     return units
 
 
-def _needs(
-    manifest: Manifest, span: Span, wanted: Sequence[dict[str, list[Box]]]
-) -> dict[int, dict[str, list[Box]]]:
+def _needs(manifest: Manifest, span: Span, wanted: Sequence[dict[str, list[Box]]]) -> dict[int, dict[str, list[Box]]]:
     needs: dict[int, dict[str, list[Box]]] = {}
     names = {manifest.names[manifest.boxes.tensor[run.row]]: None for run in span.runs}
     for rank, boxes_of_rank in enumerate(wanted):

@@ -1,7 +1,7 @@
 """The manifest: one file that says where every box of every tensor lies. Its presence means: complete.
 
-It is a safetensors file itself. Names, values and files are JSON in its header; boxes and checksums, of which a large run
-has millions, are columns of numbers that are read without being parsed. docs/checkpoint.md specifies it.
+It is a safetensors file itself. Names, values and files are JSON in its header; boxes and checksums, of which a large
+run has millions, are columns of numbers that are read without being parsed. docs/checkpoint.md specifies it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ So it fits any wrapper and any grouping, and the optimizers of `trainer/optim.py
 from __future__ import annotations
 
 import copy
-import inspect
 import itertools
 import logging
 from collections.abc import Collection, Mapping
@@ -147,25 +146,25 @@ class OptimizerPart:
 
     @torch.no_grad()
     def _create_state(self, group: dict[str, Any], parameter: nn.Parameter) -> None:
-        """Let the optimizer step on a gradient of zeros, and undo all of that but the state which it creates.
+        """Let a twin of the optimizer, which shares the state of parameters alone, step on a gradient of zeros.
 
-        One parameter at a time needs little memory. Hooks, and what a learning-rate scheduler puts around `step`, are
-        left out.
+        One parameter at a time needs little memory. The twin has no hooks, nor what a scheduler put around `step`.
         """
-        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        kind = type(self.optimizer)
         options = copy.deepcopy({key: value for key, value in group.items() if key != "params"})
+        own = {"param_groups": [{**options, "params": [parameter]}]}
+        twin = object.__new__(kind)
+        vars(twin).update(vars(self.optimizer), **own, _optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
+        vars(twin).pop("step", None)
         weights, gradient = parameter.detach().clone(), parameter.grad
         try:
-            optimizer.param_groups = [{**options, "params": [parameter]}]
             parameter.grad = torch.zeros_like(parameter)
-            inspect.unwrap(type(optimizer).step)(optimizer)
+            twin.step()
         except (RuntimeError, TypeError) as error:
             raise CheckpointError(
-                f"{self.part}: {type(optimizer).__name__} cannot create its state without a true step ({error}); "
-                "take one before loading"
+                f"{self.part}: {kind.__name__} cannot create its state without a true step ({error}); take one first"
             ) from error
         finally:
-            optimizer.param_groups = groups
             parameter.grad = gradient
             parameter.copy_(weights)
 

@@ -65,10 +65,10 @@ def plan(tree: Tree, entries: Sequence[Entry], max_bytes: int, *, balance: bool)
         CheckpointError: processes hold different tensors under one name, or one did not answer; on all processes.
     """
     held = tree.gather(Held.of(entries))
-    answers: list[list[tuple[int, int, int]] | str] | None = None
+    answers: Sequence[list[tuple[int, int, int]] | str] | None = None
     if held is not None:
         try:
-            answers = list(assign(held, balance=balance))
+            answers = assign(held, balance=balance)
         except CheckpointError as error:
             answers = [str(error)] * tree.size
     answer = tree.scatter(answers)
@@ -97,8 +97,8 @@ def cut(entry: Entry, num_shares: int) -> list[Box]:
 def assign(held: Sequence[Held | Absent], *, balance: bool) -> list[list[tuple[int, int, int]]]:
     """Choose one of its holders for every box.
 
-    Boxes that one process alone holds are fixed; then, largest first, each other goes to the holder with the fewest bytes
-    so far (worst fit). Large ones are cut into shares first.
+    Boxes that one process alone holds are fixed; then, largest first, each other goes to the holder with the fewest
+    bytes so far (worst fit). Large ones are cut into shares first.
 
     Args:
         held: by rank.

@@ -299,13 +299,20 @@ class KernelsConfig:
 class CheckpointConfig:
     """Where, how and how often the state is saved, how many are kept, and what a start resumes from.
 
-    `folder`: a local path, or a URL that fsspec knows, such as s3://bucket/run. `keep`: the newest so many stay, and those
-    of every `keep_every_steps`-th step. `mode`: `overlap` copies the state to host memory behind the next step's forward
-    and backward and writes it behind training, `async` trains on when it is copied, `sync` when it is written.
-    `memory_gib`: host memory for such copies, per process. `unfinished`: whether a save waits for an unfinished one or
-    drops it. `timeout_seconds`: how long processes wait for each other in a save. `resume`: `auto` continues from the newest complete checkpoint of `folder` if there is one, `none` starts afresh
-    (in a folder without checkpoints), anything else is the path of a checkpoint to begin from, and to go on from
-    one's own once there are any.
+    `folder`: a local path, or a URL that fsspec knows, such as s3://bucket/run. `keep`: the newest so many stay, and
+    those of every `keep_every_steps`-th step.
+
+    `mode`: `overlap` copies the state to host memory behind the next step's forward and backward and writes it behind
+    training, `async` trains on when it is copied, `sync` when it is written. `memory_gib`: host memory for such copies,
+    per process. `unfinished`: whether a save waits for an unfinished one or drops it. `timeout_seconds`: how long
+    processes wait for each other in a save.
+
+    `memory_every_steps`: so often the state is also kept in the memory of the hosts, in `memory_folder` on each, every
+    part on two hosts if there are two; a start goes on from there if it is newer, after a process has failed.
+
+    `resume`: `auto` continues from the newest complete checkpoint of `folder` if there is one, `none` starts afresh (in
+    a folder without checkpoints), anything else is the path of a checkpoint to begin from, and to go on from one's own
+    once there are any.
     """
 
     folder: str
@@ -316,6 +323,8 @@ class CheckpointConfig:
     memory_gib: PositiveFloat
     unfinished: Literal["wait", "supersede"]
     timeout_seconds: PositiveFloat
+    memory_every_steps: PositiveInt | None
+    memory_folder: str
     resume: str
 
 

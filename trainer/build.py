@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from shardwright.checkpoint import Stateful
+from shardwright.checkpoint import HostMemory, Stateful
 from shardwright.conf import ConfigError
 from shardwright.conf.schema import TrainConfig
 from shardwright.data.loader import Loader, Position, Share, held_out_batches, merge_lanes
@@ -33,13 +33,18 @@ from shardwright.trainer.guards import lock_folder
 from shardwright.trainer.native import NativeEngine
 from shardwright.trainer.optim import make_optimizer
 from shardwright.trainer.resume import DataPosition, Progress, find_candidates, restore
+from shardwright.trainer.saves import open_memory
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that the loop drives; `parts` is what a checkpoint holds, `cleanup` undoes what `build` started."""
+    """Everything that the loop drives.
+
+    `parts` is what a checkpoint holds, `memory` where the hosts keep one, `stream` the number of this process's
+    stream of random numbers; `cleanup` undoes what `build` started.
+    """
 
     config: TrainConfig
     world: World
@@ -47,6 +52,8 @@ class Run:
     loader: Loader
     held_out: list[list[Batch]]
     parts: dict[str, Stateful]
+    memory: HostMemory | None
+    stream: int
     progress: Progress
     sinks: Sinks
     cleanup: ExitStack
@@ -127,7 +134,10 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
         data_position = DataPosition(Position.start(config.train.global_batch_sequences))
         parts = {**engine.parts, "progress": progress, "data": data_position}
-        resumed = restore(ready.candidates, parts, automatic=ready.candidates != [config.checkpoint.resume.rstrip("/")])
+        memory = open_memory(config.checkpoint, config.run.folder, mesh)
+        resumed = restore(
+            ready.candidates, parts, memory, automatic=ready.candidates != [config.checkpoint.resume.rstrip("/")]
+        )
         _announce(config, ready, num_parameters, resumed)
 
         position = data_position.position
@@ -150,6 +160,8 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
             loader=loader,
             held_out=held_out_batches(ready.text.held_out, ready.text.tokenizer, share, config.evaluate.num_batches),
             parts=parts,
+            memory=memory,
+            stream=world.rank // mesh.degrees["tensor"],
             progress=progress,
             sinks=sinks,
             cleanup=cleanup.pop_all(),

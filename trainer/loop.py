@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+
+import torch
 
 from shardwright.observe.record import Meter
 from shardwright.trainer.build import Run
@@ -20,10 +23,11 @@ def train(run: Run) -> bool:
     if progress.step >= num_steps:
         logger.info(f"nothing to do: step {progress.step} of train.num_steps={num_steps} is done; raise it to go on")
     meter, stop, stopping = Meter(), GracefulStop(), False
-    saves = Saves(config.checkpoint, run.parts, cleans=run.world.rank == 0)
+    saves = Saves(config.checkpoint, run.parts, run.memory, run.world.rank)
     while progress.step < num_steps and not stopping:
         with meter.waiting():
             batches = next(run.loader)
+        torch.manual_seed(step_seed(config.train.seed, progress.step, run.stream))
         lr = config.optim.peak_lr * lr_factor(config.schedule, progress.step, num_steps)
         result = run.engine.train_step(batches, lr=lr, before_update=saves.wait_staged)
         progress.step += 1
@@ -37,6 +41,8 @@ def train(run: Run) -> bool:
                 run.sinks.evaluation(progress.step, run.engine.evaluate(run.held_out))
             if last or stopping or _is_due(progress.step, config.checkpoint.every_steps):
                 saves.begin(progress.step)
+            elif _is_due(progress.step, config.checkpoint.memory_every_steps):
+                saves.begin(progress.step, in_memory=True)
             else:
                 saves.look()
     stop.close()
@@ -44,6 +50,17 @@ def train(run: Run) -> bool:
     if stopping:
         logger.info(f"stopped on a signal after step {progress.step}; the same command goes on from there")
     return progress.step >= num_steps
+
+
+def step_seed(seed: int, step: int, stream: int) -> int:
+    """Return the seed of torch's generators for one step: a resumed run draws what it would have drawn, unsaved.
+
+    Args:
+        seed: of the run.
+        step: number of the step.
+        stream: one per process; processes along the tensor axis share one.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{stream}".encode(), digest_size=7).digest(), "little")
 
 
 def _is_due(step: int, every_steps: int | None) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from shardwright import checkpoint
-from shardwright.checkpoint import CheckpointError, DamagedError, Stateful
+from shardwright.checkpoint import CheckpointError, DamagedError, HostMemory, Stateful
 from shardwright.conf import ConfigError
 from shardwright.conf.schema import CheckpointConfig
 from shardwright.data.loader import Position
@@ -85,8 +85,8 @@ def find_candidates(config: CheckpointConfig) -> list[str]:
     path = config.resume.rstrip("/")
     if _real(path) in [_real(other) for other in own[1:]]:
         raise ConfigError(
-            f"checkpoint.resume={path} lies in this run's own folder, which goes on to {_name(own[0])}; a run that goes "
-            "back needs its own folder; choose another run.name, or drop checkpoint.resume to go on from the newest"
+            f"checkpoint.resume={path} lies in this run's own folder, which goes on to {_name(own[0])}; a run that "
+            "goes back needs its own folder; choose another run.name, or drop checkpoint.resume to go on from there"
         )
     if own:
         logger.info(f"checkpoint.resume={path} is where this run began; it goes on from its own checkpoints")
@@ -98,12 +98,15 @@ def find_candidates(config: CheckpointConfig) -> list[str]:
     return [path]
 
 
-def restore(candidates: list[str], parts: Mapping[str, Stateful], *, automatic: bool) -> str | None:
+def restore(
+    candidates: list[str], parts: Mapping[str, Stateful], memory: HostMemory | None, *, automatic: bool
+) -> str | None:
     """Load the first candidate that is whole (collective: all processes try what rank 0 has found).
 
     Args:
         candidates: best first; empty for a fresh start.
         parts: filled from the checkpoint.
+        memory: of the hosts; what it holds comes first if it is newer.
         automatic: fall back to the next candidate if one is damaged, and say so.
 
     Raises:
@@ -112,6 +115,8 @@ def restore(candidates: list[str], parts: Mapping[str, Stateful], *, automatic: 
     found = [candidates]
     dist.broadcast_object_list(found)
     (candidates,) = found
+    if memory is not None and automatic and (path := _load_from_memory(memory, candidates, parts)):
+        return path
     for path in candidates:
         try:
             report = checkpoint.load(path, parts)
@@ -127,6 +132,21 @@ def restore(candidates: list[str], parts: Mapping[str, Stateful], *, automatic: 
             f"every checkpoint in {candidates[0].rpartition('/')[0]} is damaged (see above); "
             "repair one, or start afresh with another run.name"
         )
+    return None
+
+
+def _load_from_memory(memory: HostMemory, candidates: list[str], parts: Mapping[str, Stateful]) -> str | None:
+    newest = max((int(_name(path).rpartition("_")[2]) for path in candidates), default=-1)
+    for step in checkpoint.steps_in_memory(memory):
+        storage = memory.child(_name(checkpoint.step_folder("", step)))
+        if step <= newest:
+            continue
+        try:
+            checkpoint.load(storage, parts)
+        except CheckpointError as error:
+            logger.warning(f"passed over: {error}")
+            continue
+        return storage.path
     return None
 
 
