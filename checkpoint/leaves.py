@@ -150,8 +150,8 @@ def as_typed(value: Any, current: Any) -> Any:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """Return what this process holds of a tensor, aside of autograd."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _holds_tensor(node: Any) -> bool:

@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,11 +37,8 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]+):/{1,3}(?P<rest>.*)")
 _HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)
 _REMEDIES = {
-    errno.ENOSPC: "free space there",
-    errno.EDQUOT: "free space there",
-    errno.EACCES: "give a folder that may be written",
-    errno.EPERM: "give a folder that may be written",
-    errno.EROFS: "give a folder that may be written",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space there"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give a folder that may be written"),
 }
 
 _logger = logging.getLogger(__name__)
@@ -244,7 +242,7 @@ class LocalStorage(Storage):
 
     def commit(self, name: str, data: bytes) -> None:
         """Create or replace a file: whole or not at all."""
-        path, temporary = self._folder / name, self._folder / f"{name}.part"
+        path, temporary = self._folder / name, self._folder / f"{name}.{uuid.uuid4().hex[:12]}.part"
         self.write(temporary.name, len(data), iter([memoryview(data)]))
         try:
             with _refused(path, "written"):
@@ -316,7 +314,8 @@ def _refused(path: str | Path, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _refusal(path, done, error) from error
+        remedy = _REMEDIES.get(error.errno or 0, "repair the disk or give another folder")
+        raise CheckpointError(f"{path} cannot be {done}: {error.strerror or error}; {remedy}") from error
 
 
 @contextmanager
@@ -327,11 +326,6 @@ def _unreadable(path: str | Path) -> Iterator[None]:
         raise DamagedError(f"{path} is missing; use another checkpoint") from error
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error}; repair the disk or use another checkpoint") from error
-
-
-def _refusal(path: str | Path, done: str, error: OSError) -> CheckpointError:
-    remedy = _REMEDIES.get(error.errno or 0, "repair the disk or give another folder")
-    return CheckpointError(f"{path} cannot be {done}: {error.strerror or error}; {remedy}")
 
 
 def _too_short(path: str | Path, start: int, wanted: int, there: int) -> DamagedError:
@@ -447,7 +441,8 @@ class RemoteStorage(Storage):
             return {}
         inside = f"{self._root}/"
         names = {entry["name"].rstrip("/").removeprefix(inside): entry for entry in entries}
-        return {name: entry for name, entry in names.items() if name and "/" not in name}
+        # fsspec lists a file as itself
+        return {name: entry for name, entry in names.items() if "/" not in name}
 
     def _attempt(self, path: str, done: str, operation: Callable[[Any], T]) -> T:
         """Run an operation of the file system, again if it fails; only FileNotFoundError comes through as it is."""
@@ -486,11 +481,10 @@ def _connect(path: str) -> tuple[Any, str]:
     Asked for at every use: connections and the thread that serves them do not survive a fork; fsspec keeps one instance
     for each process. Listings are not cached, since other processes write there too.
     """
-    protocol = path.partition(":")[0]
     try:
         files, root = url_to_fs(path, use_listings_cache=False)
     except ImportError as error:
-        remedy = "run pip install 'shardwright[s3]'" if protocol == "s3" else "install the package that it names"
+        remedy = "run pip install 'shardwright[s3]'" if path.startswith("s3:") else "install the package that it names"
         raise CheckpointError(f"{path} cannot be opened: {error}; {remedy}") from error
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be opened: {error}; give a URL that fsspec knows and reaches") from error

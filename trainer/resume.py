@@ -112,19 +112,21 @@ def restore(
     Raises:
         CheckpointError: none could be loaded, or the run does not fit it.
     """
-    found = [candidates]
+    found = [candidates, [_is_weights_only(path) for path in candidates]]
     dist.broadcast_object_list(found)
-    (candidates,) = found
+    candidates, weights_only = found
     if memory is not None and automatic and (path := _load_from_memory(memory, candidates, parts)):
         return path
-    for path in candidates:
+    for path, only_weights in zip(candidates, weights_only, strict=True):
         try:
-            report = checkpoint.load(path, parts)
+            report = checkpoint.load(path, {"model": parts["model"]} if only_weights else parts)
         except DamagedError as damage:
             if not automatic:
                 raise DamagedError(f"{damage}{_offer(path)}") from None
             logger.warning(f"passed over: {damage}")
             continue
+        if only_weights:
+            logger.info(f"{path} holds weights only: the optimizer, the data and the step count begin afresh")
         logger.info(f"read {report.read_bytes / 2**30:.2f} GiB of {path} on this process")
         return path
     if candidates:
@@ -133,6 +135,14 @@ def restore(
             "repair one, or start afresh with another run.name"
         )
     return None
+
+
+def _is_weights_only(path: str) -> bool:
+    """Whether a checkpoint was imported from a format that has nothing else; what cannot be read counts as ours."""
+    try:
+        return "optimizer.num_updates" not in checkpoint.read_values(path)
+    except CheckpointError:
+        return False
 
 
 def _load_from_memory(memory: HostMemory, candidates: list[str], parts: Mapping[str, Stateful]) -> str | None:

@@ -30,6 +30,9 @@ class Saves:
         parts: what to save.
         memory: of the hosts, if the state is kept there too.
         rank: of this process; rank 0 deletes old checkpoints, and the first one of a host those in its memory.
+
+    Attributes:
+        pending: the save under way.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class Saves:
         self._options = SaveOptions(
             memory_gib=config.memory_gib, timeout_seconds=config.timeout_seconds, unfinished=config.unfinished
         )
-        self._pending: Pending | None = None
+        self.pending: Pending | None = None
         self._failure: CheckpointError | None = None
         self._cleaning: threading.Thread | None = None
 
@@ -52,11 +55,11 @@ class Saves:
         if in_memory:
             assert self._memory is not None
             path = self._memory.child(checkpoint.step_folder("", step).lstrip("/"))
-        before, self._failure = self._pending, None
+        before, self._failure = self.pending, None
         try:
-            self._pending = checkpoint.save(path, self._parts, mode=self._config.mode, options=self._options)
+            self.pending = checkpoint.save(path, self._parts, mode=self._config.mode, options=self._options)
         except CheckpointError as error:
-            self._pending, self._failure = None, error
+            self.pending, self._failure = None, error
             logger.error(f"step {step} is not saved, training goes on: {error}")
         if before is not None:
             self._report(before)
@@ -64,12 +67,12 @@ class Saves:
 
     def wait_staged(self) -> None:
         """Wait until the state may change."""
-        if self._pending is not None:
-            self._pending.wait_staged()
+        if self.pending is not None:
+            self.pending.wait_staged()
 
     def look(self) -> None:
         """Report a save that has ended (local)."""
-        if self._pending is not None and self._pending.done():
+        if self.pending is not None and self.pending.done():
             self._conclude()
 
     def close(self) -> None:
@@ -86,9 +89,13 @@ class Saves:
             self._memory.remove_folder()
 
     def _conclude(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
             self._failure = self._report(pending)
+            if self._failure is None:  # and none is under way, whose files would go
+                self._join_cleaning()
+                self._cleaning = threading.Thread(target=self._clean, name="checkpoint-clean", daemon=True)
+                self._cleaning.start()
 
     def _report(self, pending: Pending) -> CheckpointError | None:
         try:
@@ -104,9 +111,6 @@ class Saves:
             f"{pending.staged_seconds:.2f} s, complete after {pending.total_seconds:.2f} s, "
             f"plan {'reused' if pending.plan_reused else 'made'}"
         )
-        self._join_cleaning()
-        self._cleaning = threading.Thread(target=self._clean, name="checkpoint-clean", daemon=True)
-        self._cleaning.start()
         return None
 
     def _clean(self) -> None:
