@@ -54,6 +54,7 @@ def save(
     """
     saver = _saver(options or SaveOptions())
     storage, state = open_storage(path), State()
+    saver.end_last()
     saver.tree.run(lambda: _collect_into(state, parts))
     pending = saver.save(storage, state, bounded=mode == "sync")
     if mode == "sync":

@@ -163,6 +163,14 @@ def check_files(path: str, manifest: Manifest, sizes: dict[str, int]) -> None:
             )
 
 
+def has_appeared(storage: Storage, data: bytes) -> bool:
+    """Whether a manifest is there, or may be, although its commit failed; its files must stay then."""
+    try:
+        return manifests.NAME in storage.sizes() and storage.read_all(manifests.NAME) == data
+    except CheckpointError:
+        return True
+
+
 class Writer:
     """A checkpoint that one process writes tensor by tensor. Made by `create`, used in a `with` statement.
 
@@ -175,6 +183,7 @@ class Writer:
         self._storage = storage
         self._buffer = make_buffer(CHUNK_BYTES, pinned=False)
         self._waiting: list[tuple[Entry, torch.Tensor]] = []
+        self._waiting_bytes = 0
         self._infos: dict[str, TensorInfo] = {}
         self._written: list[tuple[str, FileLayout, list[int]]] = []
 
@@ -207,7 +216,8 @@ class Writer:
         limit = min(_FILE_BYTES, self._storage.max_file_bytes // 2)
         for part in split(box, max(limit // info.dtype.itemsize, 1)):
             self._waiting.append((Entry(name, info, part), tensor.detach()[part.within(box)]))
-            if sum(entry.num_bytes for entry, _ in self._waiting) >= limit:
+            self._waiting_bytes += self._waiting[-1][0].num_bytes
+            if self._waiting_bytes >= limit:
                 self._write()
 
     def add_file(self, parts: Sequence[tuple[Entry, Callable[[], torch.Tensor]]]) -> None:
@@ -239,20 +249,21 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._write()
-                manifest = make_manifest(self._infos, self.values, self._written)
-                data = manifests.encode(manifest)
-                manifests.decode(data, f"{self._storage.path}/{manifests.NAME}")  # or a missing box would show at load
-                self._storage.commit(manifests.NAME, data)
-                written = {manifests.NAME, *manifest.files}
-                self._storage.remove(name for name in self._storage.sizes() if name not in written)
-        except BaseException:
-            self._discard()
-            raise
         if kind is not None:
             self._discard()
+            return
+        data = b""
+        try:
+            self._write()
+            data = manifests.encode(make_manifest(self._infos, self.values, self._written))
+            manifests.decode(data, f"{self._storage.path}/{manifests.NAME}")  # or a missing box would show at load
+            self._storage.commit(manifests.NAME, data)
+        except BaseException:
+            if not has_appeared(self._storage, data):
+                self._discard()
+            raise
+        written = {manifests.NAME, *(name for name, _, _ in self._written)}
+        self._storage.remove(name for name in self._storage.sizes() if name not in written)
 
     def _note(self, name: str, info: TensorInfo) -> None:
         if self._infos.setdefault(name, info) != info:
@@ -261,7 +272,7 @@ class Writer:
     def _write(self) -> None:
         if self._waiting:
             self.add_file([(entry, partial(torch.Tensor.detach, tensor)) for entry, tensor in self._waiting])
-        self._waiting = []
+        self._waiting, self._waiting_bytes = [], 0
 
     def _discard(self) -> None:
         self._storage.remove([name for name, _, _ in self._written])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -58,7 +59,8 @@ class Tree:
         """
         self._num_gathers += 1
         messages = {self.rank: pickle.dumps(value)}
-        late = self._await_arrival()
+        with self._asking_store():
+            late = self._await_arrival()
         for child in self._children:
             try:
                 reason = late.get(child)
@@ -71,7 +73,8 @@ class Tree:
                 absent = pickle.dumps(Absent(f"rank {child} {reason}"))
                 messages |= dict.fromkeys(_subtree(child, self.size), absent)
         if self.rank:
-            self._store.set(f"{self._num_gathers}/{self.rank}", "")
+            with self._asking_store():
+                self._store.set(f"{self._num_gathers}/{self.rank}", "")
             self._send(messages, self._parent)
             return None
         return [pickle.loads(messages[rank]) for rank in range(self.size)]
@@ -93,6 +96,17 @@ class Tree:
         for child in set(self._children) - waiting:
             self._store.delete_key(f"{self._num_gathers}/{child}")
         return {child: f"did not arrive within {seconds[child]:g} seconds" for child in waiting}
+
+    @contextmanager
+    def _asking_store(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            self.broken = True
+            raise CheckpointError(
+                f"[rank {self.rank}] the store of the process group does not answer; "
+                "see what the process that serves it says, torchrun or rank 0"
+            ) from error
 
     def scatter(self, values: list[Any] | None) -> Any:
         """Return this process's own of the values by rank that rank 0 has (collective)."""

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from shardwright.checkpoint import manifest as manifests
-from shardwright.checkpoint.archive import check_files, make_manifest
+from shardwright.checkpoint.archive import check_files, has_appeared, make_manifest
 from shardwright.checkpoint.errors import CheckpointError
 from shardwright.checkpoint.exchange import Absent, Tree
 from shardwright.checkpoint.files import FileLayout, make_buffer, view
@@ -84,16 +84,24 @@ class Pending:
 
 
 class Buffers:
-    """Host buffers of `CHUNK_BYTES`, allocated when first needed and then kept; at most so many."""
+    """Host buffers of `CHUNK_BYTES`, allocated when first needed and then kept.
+
+    Attributes:
+        limit: how many there may be.
+    """
 
     def __init__(self, memory_gib: float, *, pinned: bool) -> None:
-        self._limit, self._pinned = max(int(memory_gib * 2**30) // CHUNK_BYTES, 2), pinned
+        self.limit, self._pinned = max(int(memory_gib * 2**30) // CHUNK_BYTES, 2), pinned
         self._num_made = 0
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
+    def has_free(self) -> bool:
+        """Whether `take` would neither wait nor allocate."""
+        return not self._free.empty()
+
     def take(self, stop: threading.Event) -> torch.Tensor:
         """Return a buffer, waiting for one if all are in use."""
-        if self._free.empty() and self._num_made < self._limit:
+        if self._free.empty() and self._num_made < self.limit:
             self._num_made += 1
             return make_buffer(CHUNK_BYTES, pinned=self._pinned)
         while True:
@@ -121,11 +129,17 @@ class File:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What rank 0 makes of all answers: a manifest to commit, or an error; and whether a process was late."""
+    """What rank 0 makes of all answers: a manifest to commit, or an error.
+
+    Attributes:
+        late: whether a process was.
+        visible: whether a manifest may have appeared, whatever the error. Its files must stay.
+    """
 
     manifest: bytes | None = None
     error: CheckpointError | None = None
     late: bool = False
+    visible: bool = False
 
 
 class SaveJob:
@@ -145,36 +159,52 @@ class SaveJob:
         self._skeleton, self._pipeline = skeleton, pipeline
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._may_be_complete = False  # nobody has told this process what became of its files
 
     def start(self, pending: Pending, buffers: Buffers, *, send_layouts: bool) -> None:
         """Begin; rank 0 needs the layouts of all whenever there is a new plan."""
-        ready = None
-        if any(tensor.is_cuda for file in self._files for tensor in file.tensors):
-            ready = torch.cuda.Event()
-            ready.record()
         self._pending, self._buffers = pending, buffers
-        stage = threading.Thread(target=self._stage, args=(ready,), name="checkpoint-stage", daemon=True)
+        device = next((tensor.device for file in self._files for tensor in file.tensors if tensor.is_cuda), None)
+        stream = None
+        if device is not None:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+        copies = self._copy(stream)
+        if stream is not None:
+            self._queue_what_fits(copies)
+        stage = threading.Thread(target=self._stage, args=(copies, stream), name="checkpoint-stage", daemon=True)
         work = threading.Thread(target=self._work, args=(stage, send_layouts), name="checkpoint", daemon=True)
         stage.start()
         work.start()
 
-    def _stage(self, ready: torch.cuda.Event | None) -> None:
-        """Copy the state, chunk by chunk, into host buffers."""
+    def _copy(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Copy the state into host buffers, or queue the copies on a stream: a chunk for every `next`."""
+        for file in self._files:
+            for index in range(file.layout.num_chunks):
+                self._check_superseded()
+                buffer = self._buffers.take(self._stop)
+                with torch.cuda.stream(stream), torch.no_grad():
+                    size = file.layout.fill(index, buffer, file.tensors)
+                file.chunks.put((buffer, size, None if stream is None else stream.record_event()))
+                yield
+
+    def _queue_what_fits(self, copies: Iterator[None]) -> None:
+        """Queue copies for which there are buffers: at once, as a thread would compete with training for Python."""
         try:
-            stream = torch.cuda.Stream() if ready is not None else None
-            with torch.cuda.stream(stream), torch.no_grad():
-                if stream is not None and ready is not None:
-                    stream.wait_event(ready)
-                event = None
-                for file in self._files:
-                    for index in range(file.layout.num_chunks):
-                        self._check_superseded()
-                        buffer = self._buffers.take(self._stop)
-                        size = file.layout.fill(index, buffer, file.tensors)
-                        event = stream.record_event() if stream is not None else None
-                        file.chunks.put((buffer, size, event))
-                if event is not None:
-                    event.synchronize()
+            while self._buffers.has_free() and next(copies, self) is None:
+                pass
+        except BaseException as error:
+            self._fail(error)
+
+    def _stage(self, copies: Iterator[None], stream: torch.cuda.Stream | None) -> None:
+        """Do the copies that are left, and wait for all."""
+        try:
+            if stream is not None:
+                torch.cuda.set_device(stream.device)
+            for _ in copies:
+                pass
+            if stream is not None:
+                stream.synchronize()
         except BaseException as error:
             self._fail(error)
         self._pending._mark_staged()
@@ -182,7 +212,7 @@ class SaveJob:
     def _work(self, stage: threading.Thread, send_layouts: bool) -> None:
         try:
             self._storage.make()
-            if not self._pipeline:
+            if not self._pipeline and sum(file.layout.num_chunks for file in self._files) <= self._buffers.limit:
                 stage.join()
             with ThreadPoolExecutor(_NUM_WRITERS, thread_name_prefix="checkpoint-write") as pool:
                 for future in [pool.submit(self._write, file) for file in self._files]:
@@ -202,8 +232,8 @@ class SaveJob:
             error = failure
         except BaseException as failure:
             error = CheckpointError(f"{self._storage.path} is not saved: {failure!r}; this is a bug, please report it")
-        if error is not None:
-            self._remove_own()
+        if error is not None and not self._may_be_complete:
+            self._remove([file.name for file in self._files])
         self._pending._finish(error)
 
     def _mirror(self, memory: HostMemory) -> None:
@@ -258,6 +288,7 @@ class SaveJob:
         else:
             kind = SupersededError if isinstance(self._failure, SupersededError) else CheckpointError
             message = ((kind, f"[rank {self._tree.rank}] {self._failure}"), None, [])
+        self._may_be_complete = self._failure is None
         answers = self._tree.gather(message)
         outcome = _Outcome() if answers is None else self._decide(answers)
         if isinstance(self._storage, HostMemory):
@@ -267,6 +298,7 @@ class SaveJob:
         outcome = self._tree.broadcast(outcome)
         self._tree.broken = self._tree.broken or outcome.late
         if outcome.error is not None:
+            self._may_be_complete = outcome.visible
             raise outcome.error
 
     def _decide(self, answers: list[Any]) -> _Outcome:
@@ -275,7 +307,7 @@ class SaveJob:
         errors = [answer[0] for answer in answers if not isinstance(answer, Absent) and answer[0] is not None]
         if late or errors:
             kind = errors[0][0] if errors and not late else CheckpointError
-            text = "; ".join([*late, *dict.fromkeys(text for _, text in errors)])
+            text = "; ".join(dict.fromkeys([*late, *(text for _, text in errors)]))
             return _Outcome(error=kind(text), late=bool(late))
         try:
             data = manifests.encode(self._assemble(answers))
@@ -286,17 +318,27 @@ class SaveJob:
 
     def _commit(self, data: bytes) -> _Outcome:
         """Make the checkpoint complete, after a last look at what it names; then drop what it replaces."""
-        path = f"{self._storage.path}/{manifests.NAME}"
+        storage, visible = self._storage, False
         try:
-            manifest = manifests.decode(data, path)
-            check_files(self._storage.path, manifest, before := self._storage.sizes())
-            old = manifests.decode(self._storage.read_all(manifests.NAME), path) if manifests.NAME in before else None
-            self._storage.commit(manifests.NAME, data)
-            if old is not None:
-                self._storage.remove(old.files.keys() - manifest.files.keys())
+            manifest = manifests.decode(data, f"{storage.path}/{manifests.NAME}")
+            check_files(storage.path, manifest, before := storage.sizes())
+            replaced = self._files_of_old() if manifests.NAME in before else set()
+            try:
+                storage.commit(manifests.NAME, data)
+            except CheckpointError:
+                visible = has_appeared(storage, data)
+                raise
         except CheckpointError as error:
-            return _Outcome(error=CheckpointError(f"{self._storage.path} is not saved: {error}"))
+            return _Outcome(error=CheckpointError(f"{storage.path} is not saved: {error}"), visible=visible)
+        self._remove(replaced - manifest.files.keys())
         return _Outcome()
+
+    def _files_of_old(self) -> set[str]:
+        """Return the files of the checkpoint that is replaced, if its manifest can be read."""
+        try:
+            return set(manifests.decode(self._storage.read_all(manifests.NAME), self._storage.path).files)
+        except CheckpointError:
+            return set()
 
     def _commit_everywhere(self, outcome: _Outcome, memory: HostMemory) -> _Outcome:
         """Commit on every host (collective)."""
@@ -307,7 +349,8 @@ class SaveJob:
             except CheckpointError as failure:
                 error = failure
         errors = [answer for answer in self._tree.agree(error) if isinstance(answer, CheckpointError)]
-        return _Outcome(error=errors[0] if errors else None, late=outcome.late)
+        error = errors[0] if errors else None
+        return _Outcome(error=error, late=outcome.late, visible=outcome.manifest is not None)
 
     def _assemble(self, answers: list[Any]) -> Manifest:
         if answers[0][1] is not None:
@@ -327,8 +370,8 @@ class SaveJob:
         self._skeleton[:] = [manifest]
         return manifest
 
-    def _remove_own(self) -> None:
+    def _remove(self, names: Iterable[str]) -> None:
         try:
-            self._storage.remove([file.name for file in self._files])
-        except (CheckpointError, OSError) as error:
-            logger.warning(f"files of the failed save remain in {self._storage.path}: {error}")
+            self._storage.remove(names)
+        except CheckpointError as error:
+            logger.warning(f"files that no checkpoint needs remain in {self._storage.path}: {error}")

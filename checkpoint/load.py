@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +90,8 @@ class Loader:
         self._own_files = own_files
         self._targets: dict[str, list[Piece]] = {}
         self._buffers = threading.local()
-        self._pinned = any(isinstance(t, torch.Tensor) and t.is_cuda for t in state.tensors.values())
+        tensors = [t if isinstance(t, torch.Tensor) else t.tensor for t in state.tensors.values()]
+        self._gpu = next((t.device for t in tensors if t.is_cuda), None)
         self._read_bytes = self._received_bytes = self._copied_bytes = 0
         self._lock = threading.Lock()
 
@@ -115,17 +117,15 @@ class Loader:
                 raise CheckpointError(f"{path} has no tensor {name}; it is of another model; load what it holds")
             pieces = pieces_of(tensor)
             shape, dtype = tuple(tensor.shape), pieces[0].tensor.dtype if pieces else info.dtype
-            if info.shape != shape or info.dtype.is_floating_point != dtype.is_floating_point:
+            floats = info.dtype.is_floating_point and dtype.is_floating_point
+            if info.shape != shape or (info.dtype != dtype and not floats):
                 raise CheckpointError(
                     f"{path} has {name} as {manifests.dtype_name(info.dtype)} {list(info.shape)}, this program as "
                     f"{manifests.dtype_name(dtype)} {list(shape)}; they must agree, but for the width of floats; use "
                     "the config that it was saved with"
                 )
             self._targets[name] = [piece for piece in pieces if piece.box.numel]
-        for name in self._state.values:
-            if name not in self._manifest.values:
-                raise CheckpointError(f"{path} has no value {name}; it is of another kind of run; load what it holds")
-            self._state.values[name] = self._manifest.values[name]
+        self._state.values = dict(self._manifest.values)
         self._needed_bytes = sum(
             piece.box.numel * piece.tensor.element_size() for pieces in self._targets.values() for piece in pieces
         )
@@ -149,14 +149,17 @@ class Loader:
             except CheckpointError as error:
                 shares = [error] * self._tree.size
         share = self._tree.scatter(shares)
-        raise_first([share])
+        if isinstance(share, CheckpointError):
+            self._tree.broken = True  # for some it may be, and all must make the next one
+            raise share
         return share
 
     def _execute(self, units: Sequence[Unit]) -> None:
         rank = self._tree.rank
         alone = [unit for unit in units if unit.reader == rank and not unit.others]
         shared = [unit for unit in units if unit.reader != rank or unit.others]
-        with ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="checkpoint-read") as pool:
+        use_device = None if self._gpu is None else partial(torch.cuda.set_device, self._gpu)
+        with ThreadPoolExecutor(_NUM_READERS, "checkpoint-read", use_device) as pool:
             error = self._exchange(shared, pool)
             futures = [pool.submit(self._read, unit) for unit in alone]
             for future in futures:
@@ -179,7 +182,7 @@ class Loader:
         """Read a unit, take what this process needs of it, and return what others do, by rank."""
         buffer = self._buffer()
         read_span(self._storage, self._manifest, unit.span, buffer)
-        stream = torch.cuda.Stream() if self._pinned else None
+        stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)
         messages: dict[int, list[torch.Tensor]] = defaultdict(list)
         copied = 0
         with torch.cuda.stream(stream), torch.no_grad():
@@ -234,7 +237,7 @@ class Loader:
         work.wait()
         if unit.reader == self._tree.rank:
             return
-        done = 0
+        done = copied = 0
         self._received_bytes += data.numel()
         for run, name in self._named(unit.span.runs):
             for box in boxes_of(self._manifest, run):
@@ -242,8 +245,10 @@ class Loader:
                     if common := box.intersect(piece.box):
                         size = common.numel * run.info.dtype.itemsize
                         part = data[done : done + size].clone().view(run.info.dtype).view(common.sizes)
-                        self._copied_bytes += copy_common(common, part, piece.box, piece.tensor)
+                        copied += copy_common(common, part, piece.box, piece.tensor)
                         done += size
+        with self._lock:
+            self._copied_bytes += copied
 
     def _expected_bytes(self, unit: Unit) -> int:
         return self._count(unit, {name: [piece.box for piece in pieces] for name, pieces in self._targets.items()})
@@ -263,7 +268,7 @@ class Loader:
 
     def _buffer(self) -> torch.Tensor:
         if not hasattr(self._buffers, "own"):
-            self._buffers.own = make_buffer(CHUNK_BYTES, pinned=self._pinned)
+            self._buffers.own = make_buffer(CHUNK_BYTES, pinned=self._gpu is not None)
         return self._buffers.own
 
 

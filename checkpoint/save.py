@@ -38,7 +38,7 @@ class SaveOptions:
         unfinished: what a new save does with one that is not finished: `wait` for it, or `supersede` (drop) it.
         cache: keep the plan while nobody's tensors change.
         balance: deal out by bytes what several processes hold.
-        pipeline: write while copies go on.
+        pipeline: write while copies go on; done anyway where the memory does not hold the state.
     """
 
     memory_gib: float = 16.0
@@ -86,9 +86,7 @@ class Saver:
             CheckpointError: the processes could not agree on a plan.
         """
         started = time.monotonic()
-        self._end_last()
-        if self.tree.broken:
-            self.tree, self._plan = Tree(self.options.timeout_seconds), None
+        self.end_last()
         pieces = [
             (Entry(name, TensorInfo(piece.tensor.dtype, piece.shape), piece.box), piece)
             for name, tensor in state.tensors.items()
@@ -113,15 +111,17 @@ class Saver:
         _under_way.add(pending)
         return pending
 
-    def _end_last(self) -> None:
-        if self._last is None:
-            return
-        if self.options.unfinished == "supersede":
-            self._last.supersede()
-        self._last._finished.wait()
-        if self._last._error is not None:
-            self._plan = None
-        self._last = None
+    def end_last(self) -> None:
+        """Wait for the save before, or end it, and make a new tree if a process was late in it (collective)."""
+        if self._last is not None:
+            if self.options.unfinished == "supersede":
+                self._last.supersede()
+            self._last._finished.wait()
+            if self._last._error is not None:
+                self._plan = None
+            self._last = None
+        if self.tree.broken:
+            self.tree, self._plan = Tree(self.options.timeout_seconds), None
 
     def _make_plan(self, entries: list[Entry], max_file_bytes: int) -> bool:
         """Make sure that the plan is for these entries (collective); return whether it already was."""
@@ -131,12 +131,16 @@ class Saver:
         answers = self.tree.agree(hit)
         late = [answer.reason for answer in answers if isinstance(answer, Absent)]
         if late:
-            raise CheckpointError(f"nothing is saved: {'; '.join(late)}; see what that rank does")
+            raise CheckpointError(f"nothing is saved: {'; '.join(dict.fromkeys(late))}; see what that rank does")
         if all(answers):
             return True
         limit = max_file_bytes // 2
         self._plan = None
-        parts = list(_group(plan(self.tree, entries, limit, balance=self.options.balance), limit))
+        try:
+            parts = list(_group(plan(self.tree, entries, limit, balance=self.options.balance), limit))
+        except CheckpointError:
+            self.tree.broken = True  # for some it may be, and all must make the next one
+            raise
         layouts = [FileLayout([part.entry for part in group]) for group in parts]
         ordered = []
         for group, layout in zip(parts, layouts, strict=True):

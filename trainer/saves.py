@@ -43,6 +43,7 @@ class Saves:
             memory_gib=config.memory_gib, timeout_seconds=config.timeout_seconds, unfinished=config.unfinished
         )
         self.pending: Pending | None = None
+        self._step_on_disk: int | None = None
         self._failure: CheckpointError | None = None
         self._cleaning: threading.Thread | None = None
 
@@ -55,6 +56,8 @@ class Saves:
         if in_memory:
             assert self._memory is not None
             path = self._memory.child(checkpoint.step_folder("", step).lstrip("/"))
+        else:
+            self._step_on_disk = step
         before, self._failure = self.pending, None
         try:
             self.pending = checkpoint.save(path, self._parts, mode=self._config.mode, options=self._options)
@@ -116,8 +119,8 @@ class Saves:
     def _clean(self) -> None:
         config, memory = self._config, self._memory
         try:
-            if self._rank == 0:
-                checkpoint.retain(config.folder, config.keep, config.keep_every_steps)
+            if self._rank == 0 and self._step_on_disk is not None:
+                checkpoint.retain(config.folder, config.keep, config.keep_every_steps, newest=self._step_on_disk)
             if memory is not None and memory.is_first(self._rank):
                 checkpoint.retain(memory, keep=1)
         except (CheckpointError, OSError) as error:
