@@ -1,0 +1,56 @@
+"""As checkpoint_plain.py, with DistributedDataParallel: each process trains on its share of the batch.
+
+    torchrun --nproc-per-node 2 checkpoint_ddp.py FOLDER STEPS
+
+Start it again with any number of processes, or go on with one of the other examples: the checkpoint is the same.
+"""
+
+import logging
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from checkpoint_plain import SAVE_EVERY_STEPS, Progress
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shardwright import checkpoint
+
+
+def main(folder: str, num_steps: int) -> float:
+    """Train up to a step and return the last loss of the whole batch."""
+    torch.manual_seed(0)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    dist.init_process_group()
+    model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(device)
+    model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler, progress, pending = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100), Progress(), None
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "progress": progress}
+    for newest in checkpoint.find_complete(folder)[:1]:
+        checkpoint.load(newest, parts)
+        logging.info(f"goes on from {newest}")
+    loss = torch.zeros((), device=device)
+    while progress.step < num_steps:
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(progress.step)).to(device)
+        x = x.chunk(dist.get_world_size())[dist.get_rank()]
+        loss = (model(x) - x.flip(1)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        progress.step += 1
+        if progress.step % SAVE_EVERY_STEPS == 0:  # collective; every process writes its share
+            pending = checkpoint.save(checkpoint.step_folder(folder, progress.step), parts, mode="async")
+    if pending is not None:
+        pending.wait()
+    loss = loss.detach() / dist.get_world_size()
+    dist.all_reduce(loss)
+    dist.destroy_process_group()
+    return loss.item()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    logging.info(f"loss {main(sys.argv[1], int(sys.argv[2])):.6f}")
