@@ -321,20 +321,20 @@ GRID = {
 }
 
 
-def make(scale):
+def make(scale, rows):
     started_world()
     mesh = init_device_mesh("cpu", (2, 2))
     generator = torch.Generator().manual_seed(0)
-    values = {name: torch.randn(48, 70, generator=generator) * scale for name in GRID}
+    values = {name: torch.randn(rows, 70, generator=generator) * scale for name in GRID}
     return Part(**{name: distribute_tensor(values[name], mesh, p) for name, p in GRID.items()})
 
 
-def load_both_ways(path):
+def load_both_ways(path, rows=48):
     """Save, load with and without exchange; return the reports, after comparing bits."""
-    expected, reports = make(1), []
+    expected, reports = make(1, rows), []
     checkpoint.save(path, {"part": expected})
     for choice in (False, True):
-        part = make(0)
+        part = make(0, rows)
         reports.append(checkpoint.load(path, {"part": part}, options=LoadOptions(exchange=choice)))
         for name, tensor in part.state.items():
             assert isinstance(tensor, DTensor)
@@ -347,7 +347,7 @@ def test_with_exchange_bytes_are_counted_rightly_while_threads_take_turns(tmp_pa
     module = importlib.import_module("shardwright.checkpoint.load")
     inner = module.copy_common
     monkeypatch.setattr(module, "copy_common", lambda *boxes: time.sleep(0.0005) or inner(*boxes))
-    fork(4, load_both_ways, tmp_path / "c")
+    fork(4, load_both_ways, tmp_path / "c", 300)
 
 
 def test_with_exchange_every_byte_is_read_once_and_the_bits_are_the_same(tmp_path, shrunk):
