@@ -266,7 +266,7 @@ class LocalStorage(Storage):
             shutil.rmtree(self._folder)
 
     def _entries(self) -> list[os.DirEntry[str]]:
-        with _refused(self._folder, "listed"), suppress(FileNotFoundError):
+        with _refused(self._folder, "listed"), suppress(FileNotFoundError, NotADirectoryError):
             return list(os.scandir(self._folder))
         return []
 

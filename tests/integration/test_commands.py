@@ -44,7 +44,7 @@ def test_a_sweep_gives_each_run_its_folder(tmp_path, corpus):
     for number, lr in (("0", 1e-3), ("1", 2e-3)):
         found = records(tmp_path / number)
         assert list(found) == [1, 2] and found[2]["lr"] == pytest.approx(lr * 2 / 3)
-        assert (tmp_path / number / "checkpoints" / "step_00000002" / "manifest.json").exists()
+        assert (tmp_path / number / "checkpoints" / "step_00000002" / "manifest.safetensors").exists()
 
 
 def test_torchrun_killed_whole_leaves_no_orphan_and_goes_on(tmp_path, corpus):
@@ -62,7 +62,7 @@ def test_torchrun_killed_whole_leaves_no_orphan_and_goes_on(tmp_path, corpus):
     ]
     process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 90
-    while not (tmp_path / "checkpoints" / "step_00000010" / "manifest.json").exists():
+    while not (tmp_path / "checkpoints" / "step_00000010" / "manifest.safetensors").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

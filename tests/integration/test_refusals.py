@@ -29,7 +29,7 @@ def lines(tmp_path_factory, corpus):
     old = folder / "old"
     fork(1, train, small(corpus, old, "train.num_steps=2", "checkpoint.every_steps=1"))
     (folder / "damaged").mkdir()
-    (folder / "damaged" / "manifest.json").write_text('{"format": 1, "tensors": {')
+    (folder / "damaged" / "manifest.safetensors").write_text('{"format": 1, "tensors": {')
     files = ["data=files", f"run.folder={folder}/run", f"data.path={corpus}"]
     return {
         "unknown key": (["optim.learning_rate=3"], ["optim.learning_rate", "peak_lr"]),
@@ -63,9 +63,9 @@ def lines(tmp_path_factory, corpus):
         "vocabulary": ([*files, "model.vocab_size=200"], ["model.vocab_size=200", "257"]),
         "no tokenizer": ([*files, f"data.tokenizer={folder}"], ["no tokenizer.json", "bytes"]),
         "broken tokenizer": ([*files, f"data.tokenizer={folder}/tokenizer"], ["tokenizer.json", "cannot be read"]),
-        "no checkpoint": ([*files, f"checkpoint.resume={folder}/nowhere"], ["nowhere", "manifest.json is missing"]),
+        "no checkpoint": ([*files, f"checkpoint.resume={folder}/nowhere"], ["nowhere", "manifest.safetensors is missing"]),
         "run as checkpoint": ([*files, f"checkpoint.resume={old}/checkpoints"], ["complete: checkpoint.resume=", "step_00000002"]),
-        "cut manifest": ([*files, f"checkpoint.resume={folder}/damaged"], ["manifest.json is damaged"]),
+        "cut manifest": ([*files, f"checkpoint.resume={folder}/damaged"], ["manifest.safetensors is damaged"]),
         "fresh in an old folder": (small(corpus, old, "checkpoint.resume=none"), ["checkpoint.resume=none", "step_00000002"]),
         "hydra's folder": (["hydra.run.dir=elsewhere"], ["hydra.run.dir=elsewhere", "run.folder"]),
         "back in its own folder": (
