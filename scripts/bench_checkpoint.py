@@ -37,6 +37,7 @@ from shardwright.scripts.bench_checkpoint_program import Layout, Program, any_pr
 
 GRACE_SECONDS = 15
 SAMPLE_SECONDS = 0.05
+RESERVED_BYTES = 2**30  # of the machine's memory: a task that leaves less is ended, before something else is
 MATRIX = {"cpu": 640, "cuda": 8192}
 DISK_BYTES = 2**30
 
@@ -85,9 +86,8 @@ class Bench:
         saved, generation = task.path, 0
         for number in range(1 + task.repeats):
             saved, generation = task.path / str(number), self._save(number)
-        seconds_per_iteration = self._quiet()
         for number in range(1 + task.repeats, 1 + 2 * task.repeats):
-            saved, generation = task.path / str(number), self._loop(number, seconds_per_iteration)
+            saved, generation = task.path / str(number), self._loop(number)
         self.contender.close()
         gc.collect()
         self.results |= {"path": str(saved), "generation": generation}
@@ -139,10 +139,9 @@ class Bench:
         return time.monotonic()
 
     def _quiet(self) -> float:
-        """Return seconds per iteration while nothing is saved."""
-        self._iterate()
-        dist.barrier()
+        """Return seconds per iteration while nothing is saved, and let all go on together."""
         iterations, seconds = self._pass()
+        dist.barrier()
         return seconds / iterations
 
     def _pass(self) -> tuple[int, float]:
@@ -153,9 +152,10 @@ class Bench:
             iterations += 1
         return iterations, seconds
 
-    def _loop(self, number: int, seconds_per_iteration: float) -> int:
+    def _loop(self, number: int) -> int:
         """Train while a save is in flight; return the generation saved."""
         path, generation = self._begin(number)
+        seconds_per_iteration = self._quiet()
         start = self.now()
         flight = self.contender.save(path, self.program)
         iterations, computing = 0, 0.0
@@ -232,6 +232,7 @@ class Memory(threading.Thread):
     def __init__(self, pids: list[int]) -> None:
         super().__init__(daemon=True)
         self.pids, self.samples, self.ended = pids, [], threading.Event()
+        self.available_bytes = float("inf")
 
     def run(self) -> None:
         """Sample until `ended`."""
@@ -239,6 +240,7 @@ class Memory(threading.Thread):
             total = _field_bytes("/proc/meminfo", "Shmem")
             total += sum(_field_bytes(f"/proc/{pid}/status", "RssAnon") for pid in _descendants(self.pids))
             self.samples.append((time.monotonic(), total))
+            self.available_bytes = _field_bytes("/proc/meminfo", "MemAvailable")
 
     def peak_gib(self, ready: float, start: float, end: float) -> float:
         """Return the most that was held from `start` to `end`, above what was held at the moment `ready`."""
@@ -288,33 +290,36 @@ def started(task: Task, scratch: Path) -> Iterator[list[Any]]:
 def run_task(task: Task, limit_seconds: float) -> dict[str, Any]:
     """Run a task and return its figures: of every repeat the slowest process's, and peaks of memory.
 
-    What was measured before a failure is kept, with the failure under `error`.
+    What was measured before an exception is kept, with the exception under `error`.
     """
     with tempfile.TemporaryDirectory() as name, started(task, Path(name)) as workers:
         scratch = Path(name)
         memory = Memory([worker.pid for worker in workers])
         memory.start()
-        deadline = time.monotonic() + limit_seconds
-        while time.monotonic() < deadline and any(worker.is_alive() for worker in workers):
-            failed = any(not worker.is_alive() and worker.exitcode for worker in workers)
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS) if failed else deadline
-            time.sleep(0.2)
-        hung = sum(worker.is_alive() for worker in workers)
+        stopped = _watch(workers, memory, time.monotonic() + limit_seconds)
         memory.ended.set()
         memory.join()
         files = [scratch / f"{rank}.json" for rank in range(len(workers))]
         ranks = [json.loads(file.read_text()) if file.exists() else {} for file in files]
         exits = [worker.exitcode for worker in workers]
-    return _merge(ranks, memory) | _failure(ranks, exits, hung, limit_seconds)
-
-
-def _failure(ranks: list[dict[str, Any]], exits: list[int | None], hung: int, limit_seconds: float) -> dict[str, str]:
     errors = [rank["error"] for rank in ranks if "error" in rank]
-    if errors:
-        return {"error": errors[0]}
-    if hung:
-        return {"error": f"{hung} of {len(ranks)} processes had not ended after {limit_seconds:.0f} s"}
-    return {"error": f"processes ended with {exits}"} if any(exits) or not all(ranks) else {}
+    if not errors and (stopped or any(exits) or not all(ranks)):
+        errors = [stopped or f"processes ended with {exits}"]
+    return _merge(ranks, memory) | ({"error": errors[0]} if errors else {})
+
+
+def _watch(workers: list[Any], memory: Memory, deadline: float) -> str | None:
+    """Wait until all processes have ended (None), or say why there is no more to wait for."""
+    while any(worker.is_alive() for worker in workers):
+        if time.monotonic() > deadline:
+            return "not all processes had ended when the time was over (--limit-seconds)"
+        if memory.available_bytes < RESERVED_BYTES:
+            return f"less than {RESERVED_BYTES / 2**30:g} GiB of the machine's memory were left"
+        if any(worker.exitcode for worker in workers):
+            time.sleep(GRACE_SECONDS)
+            return f"processes ended with {[worker.exitcode for worker in workers]}"
+        time.sleep(SAMPLE_SECONDS)
+    return None
 
 
 def _merge(ranks: list[dict[str, Any]], memory: Memory) -> dict[str, Any]:
@@ -384,6 +389,7 @@ def main() -> None:
     results = {}
     for name in names:
         results[name] = measure(name, args)
+        write_page(about, results, args.output)
         blocked = [round(save["blocked"], 3) for save in results[name]["saves"]]
         error = results[name].get("error", "").strip().splitlines()
         print(f"{name}: blocked {blocked} s {error[-1] if error else ''}", flush=True)
