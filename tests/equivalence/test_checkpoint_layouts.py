@@ -9,7 +9,6 @@ import zlib
 import pytest
 import torch
 from support import TINY, fork_each, make_engine, spell_out, started_world
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -150,4 +149,3 @@ def test_the_numbers_tell_places_apart():
     piece = pieces_of(torch.zeros(6, 5))[0]
     assert len(set(expected("a", piece).flatten().tolist())) == 30
     assert not torch.equal(expected("a", piece), expected("b", piece))
-    assert isinstance(make_parts("plain")["model"], nn.Module)

@@ -137,6 +137,7 @@ def _tell(rank, status, outcomes, index):
 
 def _fork(num_processes, function, calls, timeout_seconds=None):
     """Return for each rank its exit status, and (ok, value) of its calls up to the first that failed."""
+    assert not dist.is_initialized(), "a test started a process group in this process, which forked ones would share"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
