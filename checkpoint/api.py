@@ -6,6 +6,7 @@ plain model, as boxes in its global index space; nothing in the folder depends o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from shardwright.checkpoint.storage import open_storage
 
 Mode = Literal["sync", "async", "overlap"]
 _kept: dict[str, Any] = {}  # the saver and the tree of the process group of now
+os.register_at_fork(after_in_child=_kept.clear)
 
 
 def save(
@@ -56,7 +58,7 @@ def save(
     storage, state = open_storage(path), State()
     saver.end_last()
     saver.tree.run(lambda: _collect_into(state, parts))
-    pending = saver.save(storage, state, bounded=mode == "sync")
+    pending = saver.save(storage, state, bounded=mode == "sync" and saver.options.pipeline is not False)
     if mode == "sync":
         pending.wait()
     elif mode == "async":

@@ -69,7 +69,7 @@ class Archive:
             raise CheckpointError(f"{self.storage.path}: {box} is not within {name} {list(info.shape)}; ask for less")
         target = torch.empty(box.sizes, dtype=info.dtype)
         rows = ((row, self.manifest.boxes.box(row, len(info.shape)).intersect(box)) for row in self.manifest.rows(name))
-        runs = [r for row, common in rows if common for r in plan_runs(self.manifest, row, info, [common])]
+        runs = [r for row, common in rows if common for r in plan_runs(self.manifest, row, info, [common], CHUNK_BYTES)]
         for _, part, data in self._unpack(runs):
             copy_common(part, data, box, target)
         return target
@@ -88,7 +88,7 @@ class Archive:
             info = self._info(name)
             for row in self.manifest.rows(name):
                 box = self.manifest.boxes.box(row, len(info.shape))
-                runs += plan_runs(self.manifest, row, info, [box]) if box.numel else []
+                runs += plan_runs(self.manifest, row, info, [box], CHUNK_BYTES) if box.numel else []
         for run, box, data in self._unpack(runs):
             yield self.manifest.names[self.manifest.boxes.tensor[run.row]], box, data
 
@@ -113,8 +113,8 @@ class Archive:
         return self.tensors[name]
 
     def _unpack(self, runs: Iterable[Run]) -> Iterator[tuple[Run, Box, torch.Tensor]]:
-        for span in plan_spans(self.manifest, runs):
-            read_span(self.storage, self.manifest, span, self._chunk())
+        for span in plan_spans(self.manifest, runs, CHUNK_BYTES):
+            read_span(self.storage, self.manifest, span, view(self._chunk(), span.stop - span.start))
             for run in span.runs:
                 for part, data in unpack(self.manifest, run, span, self._chunk()):
                     yield run, part, data

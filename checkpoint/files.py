@@ -113,7 +113,7 @@ def make_buffer(size_bytes: int, *, pinned: bool) -> torch.Tensor:
     """Return page-aligned host memory, uint8; page-locked for copies from and to a GPU."""
     if pinned:
         return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size_bytes), dtype=np.uint8))
+    return torch.from_numpy(np.frombuffer(mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE), dtype=np.uint8))
 
 
 def view(buffer: torch.Tensor, num_bytes: int) -> memoryview:
@@ -146,7 +146,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes [start, stop) of a file that are read and verified at once: whole blocks, at most `CHUNK_BYTES`."""
+    """Bytes [start, stop) of a file that are read and verified at once: whole blocks."""
 
     file: str
     start: int
@@ -154,21 +154,27 @@ class Span:
     runs: tuple[Run, ...]
 
 
-def plan_runs(manifest: Manifest, row: int, info: TensorInfo, commons: Sequence[Box]) -> Iterator[Run]:
-    """Yield the runs of a stored box that hold some boxes within it: from first element to last, in order."""
+def plan_runs(manifest: Manifest, row: int, info: TensorInfo, commons: Sequence[Box], max_bytes: int) -> Iterator[Run]:
+    """Yield the runs of a stored box that hold some boxes within it: from first element to last, in order.
+
+    Each touches at most `max_bytes` of whole blocks.
+    """
     box, itemsize = manifest.boxes.box(row, len(info.shape)), info.dtype.itemsize
     strides = [math.prod(box.sizes[dim + 1 :]) for dim in range(len(box.sizes))]
     local = [common.within(box) for common in commons]
     first = min(sum(part.start * stride for part, stride in zip(parts, strides, strict=True)) for parts in local)
     end = max(sum((part.stop - 1) * stride for part, stride in zip(parts, strides, strict=True)) for parts in local) + 1
-    step = (CHUNK_BYTES - 2 * BLOCK_BYTES) // itemsize  # fits into a chunk with the rest of its first and last block
-    for element in range(first, end, step):
-        start = int(manifest.boxes.start[row]) + element * itemsize
-        yield Run(row, info, element, min(element + step, end), start)
+    base = int(manifest.boxes.start[row])
+    while first < end:
+        start = base + first * itemsize
+        room = start // BLOCK_BYTES * BLOCK_BYTES + max_bytes - start
+        last = min(first + room // itemsize, end)
+        yield Run(row, info, first, last, start)
+        first = last
 
 
-def plan_spans(manifest: Manifest, runs: Iterable[Run]) -> list[Span]:
-    """Join runs that lie side by side in a file, so that no block between them is read twice."""
+def plan_spans(manifest: Manifest, runs: Iterable[Run], max_bytes: int) -> list[Span]:
+    """Join runs that lie side by side in a file to spans of at most `max_bytes`."""
     spans: list[Span] = []
     for run in sorted(runs, key=lambda run: (manifest.boxes.file[run.row], run.start, run.stop)):
         file = manifest.file_of(run.row)
@@ -177,24 +183,23 @@ def plan_spans(manifest: Manifest, runs: Iterable[Run]) -> list[Span]:
         if spans:
             last = spans[-1]
             stop = max(stop, last.stop) if last.file == file else stop
-            if last.file == file and start <= last.stop and stop - last.start <= CHUNK_BYTES:
+            if last.file == file and start <= last.stop and stop - last.start <= max_bytes:
                 spans[-1] = Span(file, last.start, stop, (*last.runs, run))
                 continue
         spans.append(Span(file, start, stop, (run,)))
     return spans
 
 
-def read_span(storage: Storage, manifest: Manifest, span: Span, buffer: torch.Tensor) -> None:
-    """Fill the begin of a uint8 buffer with a span, and verify every block.
+def read_span(storage: Storage, manifest: Manifest, span: Span, *into: memoryview) -> None:
+    """Fill buffers with a span, one after the other, and verify every block.
 
     Raises:
         DamagedError: the bytes are missing, cannot be read, or are not what was written.
     """
-    data = view(buffer, span.stop - span.start)
-    storage.read(span.file, span.start, data)
+    storage.read(span.file, span.start, *into)
     first = span.start // BLOCK_BYTES
     written = manifest.digests_of(span.file)[first : num_blocks(span.stop)].tolist()
-    for block, (digest, expected) in enumerate(zip(digest_blocks(data), written, strict=True), first):
+    for block, (digest, expected) in enumerate(zip(digest_blocks(*into), written, strict=True), first):
         if digest != expected:
             raise DamagedError(
                 f"{storage.path}/{span.file} is damaged: its bytes from {block * BLOCK_BYTES} on do not match their "

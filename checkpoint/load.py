@@ -30,12 +30,12 @@ from shardwright.checkpoint.files import (
     plan_spans,
     read_span,
     unpack,
+    view,
 )
 from shardwright.checkpoint.manifest import Manifest
 from shardwright.checkpoint.state import State
-from shardwright.checkpoint.storage import CHUNK_BYTES, Storage
+from shardwright.checkpoint.storage import Storage
 
-_NUM_READERS = 4
 _WINDOW = 4  # messages under way
 
 
@@ -137,7 +137,8 @@ class Loader:
             hosts = set(self._tree.agree(socket.gethostname())) if self._tree.size > 1 else set()
             exchange = self._tree.size > 1 and (not self._storage.is_local or len(hosts) > 1)
         if not exchange and self._own_files is None:
-            spans = plan_spans(self._manifest, needed_runs(self._manifest, wanted))
+            runs = needed_runs(self._manifest, wanted, self._storage.read_bytes)
+            spans = plan_spans(self._manifest, runs, self._storage.read_bytes)
             return [Unit(index, span, rank) for index, span in enumerate(spans)]
         gathered = self._tree.gather((wanted, self._own_files))
         shares: list[Any] | None = None
@@ -145,7 +146,8 @@ class Loader:
             late = [CheckpointError(answer.reason) for answer in gathered if isinstance(answer, Absent)]
             try:
                 raise_first(late)
-                shares = share_out(self._manifest, [w for w, _ in gathered], [f for _, f in gathered])
+                wanted_by_rank, files_by_rank = zip(*gathered, strict=True)
+                shares = share_out(self._manifest, wanted_by_rank, files_by_rank, self._storage.read_bytes)
             except CheckpointError as error:
                 shares = [error] * self._tree.size
         share = self._tree.scatter(shares)
@@ -159,7 +161,7 @@ class Loader:
         alone = [unit for unit in units if unit.reader == rank and not unit.others]
         shared = [unit for unit in units if unit.reader != rank or unit.others]
         use_device = None if self._gpu is None else partial(torch.cuda.set_device, self._gpu)
-        with ThreadPoolExecutor(_NUM_READERS, "checkpoint-read", use_device) as pool:
+        with ThreadPoolExecutor(self._storage.num_readers, "checkpoint-read", use_device) as pool:
             error = self._exchange(shared, pool)
             futures = [pool.submit(self._read, unit) for unit in alone]
             for future in futures:
@@ -180,8 +182,14 @@ class Loader:
 
     def _read(self, unit: Unit) -> dict[int, torch.Tensor]:
         """Read a unit, take what this process needs of it, and return what others do, by rank."""
-        buffer = self._buffer()
-        read_span(self._storage, self._manifest, unit.span, buffer)
+        size, buffer = unit.span.stop - unit.span.start, self._buffer()
+        in_place = None if unit.others else self._in_place(unit.span, buffer)
+        if in_place is not None:
+            parts, copied = in_place
+            read_span(self._storage, self._manifest, unit.span, *parts)
+            self._count_read(size, copied)
+            return {}
+        read_span(self._storage, self._manifest, unit.span, view(buffer, size))
         stream = None if self._gpu is None else torch.cuda.Stream(self._gpu)
         messages: dict[int, list[torch.Tensor]] = defaultdict(list)
         copied = 0
@@ -196,10 +204,37 @@ class Loader:
             packed = {other: torch.cat(parts) for other, parts in messages.items()}
             if stream is not None:
                 stream.synchronize()
-        with self._lock:
-            self._copied_bytes += copied
-            self._read_bytes += unit.span.stop - unit.span.start
+        self._count_read(size, copied)
         return packed
+
+    def _in_place(self, span: Span, buffer: torch.Tensor) -> tuple[list[memoryview], int] | None:
+        """Return where every byte of a span belongs, if all that is needed can be read to where it belongs.
+
+        Returns:
+            Memory of the tensors, and of the buffer for what lies between; bytes of the tensors. None if something has
+            to be converted, rearranged, or is needed twice.
+        """
+        rest, done, parts, copied = view(buffer, span.stop - span.start), span.start, [], 0
+        for run, name in self._named(span.runs):
+            if run.start < done:
+                return None
+            parts.append(rest[done - span.start : run.start - span.start])
+            for box in boxes_of(self._manifest, run):
+                targets = [piece for piece in self._targets.get(name, ()) if box.intersect(piece.box)]
+                if len(targets) != 1 or targets[0].box.intersect(box) != box:
+                    return None
+                tensor = targets[0].tensor[box.within(targets[0].box)]
+                if tensor.is_cuda or tensor.dtype != run.info.dtype or not tensor.is_contiguous():
+                    return None
+                parts.append(memoryview(_flat_bytes(tensor).numpy()))  # type: ignore[arg-type]
+                copied += len(parts[-1])
+            done = run.stop
+        return [*parts, rest[done - span.start :]], copied
+
+    def _count_read(self, read_bytes: int, copied_bytes: int) -> None:
+        with self._lock:
+            self._read_bytes += read_bytes
+            self._copied_bytes += copied_bytes
 
     def _take(self, name: str, box: Box, data: torch.Tensor) -> int:
         return sum(copy_common(box, data, piece.box, piece.tensor) for piece in self._targets.get(name, ()))
@@ -268,7 +303,7 @@ class Loader:
 
     def _buffer(self) -> torch.Tensor:
         if not hasattr(self._buffers, "own"):
-            self._buffers.own = make_buffer(CHUNK_BYTES, pinned=self._gpu is not None)
+            self._buffers.own = make_buffer(self._storage.read_bytes, pinned=self._gpu is not None)
         return self._buffers.own
 
 
@@ -286,7 +321,7 @@ def open_together(tree: Tree, storage: Storage) -> Manifest:
     return manifest if tree.rank == 0 else manifests.decode(answer, f"{storage.path}/{manifests.NAME}")
 
 
-def needed_runs(manifest: Manifest, wanted: dict[str, list[Box]]) -> list[Run]:
+def needed_runs(manifest: Manifest, wanted: dict[str, list[Box]], max_bytes: int) -> list[Run]:
     """Return the runs of stored boxes that hold everything that is wanted, each stored box once."""
     runs = []
     for name, boxes in wanted.items():
@@ -298,14 +333,20 @@ def needed_runs(manifest: Manifest, wanted: dict[str, list[Box]]) -> list[Run]:
                 if common is not None:
                     ranges[row].append(common)
         for row, commons in ranges.items():
-            runs += plan_runs(manifest, row, info, commons)
+            runs += plan_runs(manifest, row, info, commons, max_bytes)
     return runs
 
 
 def share_out(
-    manifest: Manifest, wanted: Sequence[dict[str, list[Box]]], own_files: Sequence[set[str] | None]
+    manifest: Manifest, wanted: Sequence[dict[str, list[Box]]], own_files: Sequence[set[str] | None], max_bytes: int
 ) -> list[list[Unit]]:
     """Choose who reads what, by bytes, among those that need it (else among those that can), and return it by rank.
+
+    Args:
+        manifest: of the checkpoint.
+        wanted: by rank, tensor -> boxes.
+        own_files: by rank, the files that it can read; None for all.
+        max_bytes: to read at once.
 
     Raises:
         CheckpointError: nobody can read a file that is needed.
@@ -314,7 +355,8 @@ def share_out(
     for boxes_of_rank in wanted:
         for name, boxes in boxes_of_rank.items():
             everything[name] |= dict.fromkeys(boxes)
-    spans = plan_spans(manifest, needed_runs(manifest, {name: list(boxes) for name, boxes in everything.items()}))
+    all_wanted = {name: list(boxes) for name, boxes in everything.items()}
+    spans = plan_spans(manifest, needed_runs(manifest, all_wanted, max_bytes), max_bytes)
     load = [0] * len(wanted)
     units: list[list[Unit]] = [[] for _ in wanted]
     for index, span in enumerate(spans):
@@ -359,4 +401,4 @@ def _touching(manifest: Manifest, rows: range, box: Box) -> list[int]:
 
 
 def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)

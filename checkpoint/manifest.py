@@ -146,10 +146,19 @@ def num_blocks(size_bytes: int) -> int:
     return -(-size_bytes // BLOCK_BYTES)
 
 
-def digest_blocks(data: memoryview) -> list[int]:
-    """Return the XXH3-64 of each block of a file, or of a part of it that begins with a block."""
-    starts = range(0, len(data), BLOCK_BYTES)
-    return [xxhash.xxh3_64_intdigest(data[start : start + BLOCK_BYTES]) for start in starts]
+def digest_blocks(*parts: memoryview) -> list[int]:
+    """Return the XXH3-64 of each block of a file, or of a stretch that begins with a block and may lie in parts."""
+    digests, digest, left = [], xxhash.xxh3_64(), BLOCK_BYTES
+    for part in parts:
+        while part:
+            piece, part = part[:left], part[left:]
+            digest.update(piece)
+            left -= len(piece)
+            if left == 0:
+                digests.append(digest.intdigest())
+                digest.reset()
+                left = BLOCK_BYTES
+    return digests if left == BLOCK_BYTES else [*digests, digest.intdigest()]
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -38,7 +38,9 @@ class SaveOptions:
         unfinished: what a new save does with one that is not finished: `wait` for it, or `supersede` (drop) it.
         cache: keep the plan while nobody's tensors change.
         balance: deal out by bytes what several processes hold.
-        pipeline: write while copies go on; done anyway where the memory does not hold the state.
+        pipeline: write while copies go on; `auto`: unless the state is the CPU's, whose copies would have to share the
+            cores with that. Done anyway where the memory does not hold the state. Not to (False) takes that memory in
+            mode `sync` too.
     """
 
     memory_gib: float = 16.0
@@ -46,7 +48,7 @@ class SaveOptions:
     unfinished: Literal["wait", "supersede"] = "wait"
     cache: bool = True
     balance: bool = True
-    pipeline: bool = True
+    pipeline: bool | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +103,9 @@ class Saver:
             name = f"{self.tree.rank:05d}-{number:05d}-{token}.safetensors"
             files.append(File(layout, name, [_cut(part, pieces[part.piece][1]) for part in parts]))
         pending = Pending(storage.path, sum(layout.size for layout in self._plan.layouts), reused, started)
-        job = SaveJob(self.tree, storage, files, state.values, self._skeleton, pipeline=self.options.pipeline)
         pinned = any(tensor.is_cuda for file in files for tensor in file.tensors)
+        pipeline = pinned if self.options.pipeline == "auto" else self.options.pipeline
+        job = SaveJob(self.tree, storage, files, state.values, self._skeleton, pipeline=pipeline)
         if (pinned, bounded) not in self._buffers:
             gib = min(_BOUNDED_GIB, self.options.memory_gib) if bounded else self.options.memory_gib
             self._buffers[pinned, bounded] = Buffers(gib, pinned=pinned)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import abc
 import errno
 import fcntl
+import itertools
 import logging
 import os
 import random
@@ -19,6 +20,7 @@ import re
 import shutil
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +34,7 @@ CHUNK_BYTES = 64 * 2**20
 MAX_ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.5
 
+_MAX_PARTS = 1024  # of one read, in Linux
 _BLOCK_BYTES = 4096  # direct writes are made of whole ones, in file and memory
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]+):/{1,3}(?P<rest>.*)")
@@ -55,12 +58,16 @@ class Storage(abc.ABC):
         path: as given, for messages.
         is_local: whether it is a folder of the operating system.
         max_file_bytes: files that are written should not be larger.
+        read_bytes: how much to read at once: little enough for processor caches, unless each read has to travel.
+        num_readers: how many threads of a process should read: a disk that serves many processes likes few streams.
         shared: whether all processes see the same files.
     """
 
     path: str
     is_local: bool
     max_file_bytes: int
+    read_bytes: int
+    num_readers: int
     shared = True
 
     @abc.abstractmethod
@@ -92,8 +99,8 @@ class Storage(abc.ABC):
         """Return the storage of a folder in this one, there or not."""
 
     @abc.abstractmethod
-    def read(self, name: str, start: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of a file from `start` on.
+    def read(self, name: str, start: int, *into: memoryview) -> None:
+        """Fill buffers, one after the other, with the bytes of a file from `start` on.
 
         Raises:
             DamagedError: the file is missing, too short or cannot be read.
@@ -172,6 +179,8 @@ class LocalStorage(Storage):
 
     is_local = True
     max_file_bytes = 2**40
+    read_bytes = 8 * 2**20
+    num_readers = 2
 
     def __init__(self, folder: Path) -> None:
         self.path = str(folder)
@@ -202,16 +211,19 @@ class LocalStorage(Storage):
         """Return the storage of a folder in this one."""
         return LocalStorage(self._folder / name)
 
-    def read(self, name: str, start: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of a file from `start` on."""
-        path = self._folder / name
+    def read(self, name: str, start: int, *into: memoryview) -> None:
+        """Fill buffers with the bytes of a file from `start` on."""
+        path, left, position = self._folder / name, deque(part for part in into if part), start
         with _unreadable(path), open(path, "rb", buffering=0) as file:
-            done = 0
-            while done < len(into):
-                count = os.preadv(file.fileno(), [into[done:]], start + done)
+            while left:
+                count = os.preadv(file.fileno(), list(itertools.islice(left, _MAX_PARTS)), position)
                 if count == 0:
-                    raise _too_short(path, start, len(into), done)
-                done += count
+                    raise _too_short(path, start, sum(map(len, into)), position - start)
+                position += count
+                while left and count >= len(left[0]):
+                    count -= len(left.popleft())
+                if count:
+                    left[0] = left[0][count:]
 
     def read_all(self, name: str) -> bytes:
         """Return a whole file."""
@@ -340,6 +352,8 @@ class RemoteStorage(Storage):
     """
 
     is_local = False
+    read_bytes = CHUNK_BYTES
+    num_readers = 4
     max_file_bytes = CHUNK_BYTES  # so that an upload is held in memory and can be tried again
 
     def __init__(self, path: str) -> None:
@@ -373,9 +387,10 @@ class RemoteStorage(Storage):
         """Return the storage of a folder in this one."""
         return RemoteStorage(f"{self.path}/{name}")
 
-    def read(self, name: str, start: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes of a file from `start` on."""
-        file, stop = f"{self._root}/{name}", start + len(into)
+    def read(self, name: str, start: int, *into: memoryview) -> None:
+        """Fill buffers with the bytes of a file from `start` on."""
+        size = sum(map(len, into))
+        file, stop = f"{self._root}/{name}", start + size
 
         def fetch(files: Any) -> bytes:
             try:
@@ -386,10 +401,12 @@ class RemoteStorage(Storage):
                 raise
 
         with _unreadable(f"{self.path}/{name}"):
-            data = self._attempt(f"{self.path}/{name}", "read", fetch) if into else b""
-        if len(data) != len(into):
-            raise _too_short(f"{self.path}/{name}", start, len(into), len(data))
-        into[:] = data
+            data = self._attempt(f"{self.path}/{name}", "read", fetch) if size else b""
+        if len(data) != size:
+            raise _too_short(f"{self.path}/{name}", start, size, len(data))
+        left = memoryview(data)
+        for part in into:
+            part[:], left = left[: len(part)], left[len(part) :]
 
     def read_all(self, name: str) -> bytes:
         """Return a whole file."""

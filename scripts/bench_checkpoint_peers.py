@@ -72,7 +72,8 @@ VARIANTS = {
     "ours overlap": Variant("overlap"),
     "ours overlap, no plan cache": Variant("overlap", save={"cache": False}),
     "ours overlap, no balance": Variant("overlap", save={"balance": False}),
-    "ours overlap, no pipeline": Variant("overlap", save={"pipeline": False}),
+    "ours sync, no pipeline": Variant("sync", save={"pipeline": False}),
+    "ours overlap, writes beside copies": Variant("overlap", save={"pipeline": True}),
     "ours overlap, reads exchanged": Variant("overlap", load={"exchange": True}),
 }
 

@@ -1,7 +1,6 @@
 """Saves of a small state in many chunks, and what may happen to them: faults at chosen moments, and what must hold."""
 
 import errno
-import importlib
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shardwright import checkpoint
-from shardwright.checkpoint import FlatSlice, archive, files, job, manifest, planner
+from shardwright.checkpoint import FlatSlice, api, archive, files, job, manifest, planner
 from shardwright.checkpoint.exchange import Tree
 from shardwright.checkpoint.storage import LocalStorage
 
@@ -21,8 +20,10 @@ def shrink(monkeypatch, block=BLOCK, chunk=CHUNK, shared=4096):
     """Let a few KiB have many blocks and chunks, in processes forked from now on, too."""
     for module in (files, manifest):
         monkeypatch.setattr(module, "BLOCK_BYTES", block)
-    for module in (archive, files, job, importlib.import_module("shardwright.checkpoint.load")):
+    for module in (archive, files, job):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(LocalStorage, "read_bytes", chunk)
+    monkeypatch.setattr(api, "_kept", {})  # whose buffers have that size
     monkeypatch.setattr(planner, "_SHARED_BYTES", shared)
 
 
