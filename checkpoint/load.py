@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -243,7 +244,7 @@ class Loader:
         """Send and receive in the same order everywhere, a few units at a time. A reader that fails sends zeros."""
         rank, error = self._tree.rank, None
         reads: dict[int, Future[dict[int, torch.Tensor]]] = {}
-        under_way: list[tuple[dist.Work, Unit, torch.Tensor]] = []
+        under_way: list[tuple[dist.Work, int, Unit, torch.Tensor]] = []
         ahead = iter(unit for unit in units if unit.reader == rank)
         for unit in units:
             while len(reads) < _WINDOW and (coming := next(ahead, None)) is not None:
@@ -252,7 +253,7 @@ class Loader:
                 self._finish(under_way.pop(0))
             if unit.reader != rank:
                 data = torch.empty(self._expected_bytes(unit), dtype=torch.uint8)
-                under_way.append((self._tree.irecv(data, unit.reader, unit.index), unit, data))
+                under_way.append((self._tree.irecv(data, unit.reader, unit.index), unit.reader, unit, data))
                 continue
             try:
                 messages = reads.pop(unit.index).result()
@@ -262,14 +263,21 @@ class Loader:
                     other: torch.zeros(self._count(unit, w), dtype=torch.uint8) for other, w in unit.others.items()
                 }
             for other, data in messages.items():
-                under_way.append((self._tree.isend(data, other, unit.index), unit, data))
+                under_way.append((self._tree.isend(data, other, unit.index), other, unit, data))
         for work in under_way:
             self._finish(work)
         return error
 
-    def _finish(self, message: tuple[dist.Work, Unit, torch.Tensor]) -> None:
-        work, unit, data = message
-        work.wait()
+    def _finish(self, message: tuple[dist.Work, int, Unit, torch.Tensor]) -> None:
+        work, peer, unit, data = message
+        try:
+            work.wait(timedelta(seconds=self._options.timeout_seconds))
+        except RuntimeError as error:
+            self._tree.broken = True
+            raise CheckpointError(
+                f"[rank {self._tree.rank}] rank {peer} did not exchange its part of {unit.span.file}: {error}; "
+                "see what that rank says"
+            ) from error
         if unit.reader == self._tree.rank:
             return
         done = copied = 0

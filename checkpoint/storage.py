@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import abc
 import errno
-import fcntl
-import itertools
 import logging
 import os
 import random
@@ -20,7 +18,6 @@ import re
 import shutil
 import time
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,15 +25,13 @@ from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 
+from shardwright.checkpoint.disk import read_at, sync_folder, write_at
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
 
 CHUNK_BYTES = 64 * 2**20
 MAX_ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.5
 
-_MAX_PARTS = 1024  # of one read, in Linux
-_BLOCK_BYTES = 4096  # direct writes are made of whole ones, in file and memory
-_O_DIRECT = getattr(os, "O_DIRECT", 0)
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]+):/{1,3}(?P<rest>.*)")
 _HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)
 _REMEDIES = {
@@ -192,7 +187,7 @@ class LocalStorage(Storage):
         with _refused(self._folder, "created"):
             self._folder.mkdir(parents=True, exist_ok=True)
             for folder in missing:
-                _sync_folder(folder.parent)
+                sync_folder(folder.parent)
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every file by name."""
@@ -213,17 +208,11 @@ class LocalStorage(Storage):
 
     def read(self, name: str, start: int, *into: memoryview) -> None:
         """Fill buffers with the bytes of a file from `start` on."""
-        path, left, position = self._folder / name, deque(part for part in into if part), start
+        path, size = self._folder / name, sum(map(len, into))
         with _unreadable(path), open(path, "rb", buffering=0) as file:
-            while left:
-                count = os.preadv(file.fileno(), list(itertools.islice(left, _MAX_PARTS)), position)
-                if count == 0:
-                    raise _too_short(path, start, sum(map(len, into)), position - start)
-                position += count
-                while left and count >= len(left[0]):
-                    count -= len(left.popleft())
-                if count:
-                    left[0] = left[0][count:]
+            count = read_at(file.fileno(), into, start)
+        if count != size:
+            raise _too_short(path, start, size, count)
 
     def read_all(self, name: str) -> bytes:
         """Return a whole file."""
@@ -239,12 +228,12 @@ class LocalStorage(Storage):
         try:
             for chunk in chunks:
                 with _refused(path, "written"):
-                    _write_at(descriptor, chunk, position)
+                    write_at(descriptor, chunk, position)
                 position += len(chunk)
             assert position == size, f"{path}: {position} bytes came, not {size}"
             with _refused(path, "written"):
                 os.fsync(descriptor)
-                _sync_folder(self._folder)
+                sync_folder(self._folder)
         except BaseException:
             with suppress(OSError):
                 path.unlink()
@@ -259,8 +248,8 @@ class LocalStorage(Storage):
         try:
             with _refused(path, "written"):
                 os.replace(temporary, path)
-                _sync_folder(self._folder)
-                _sync_folder(self._folder.parent)
+                sync_folder(self._folder)
+                sync_folder(self._folder.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink()
@@ -281,44 +270,6 @@ class LocalStorage(Storage):
         with _refused(self._folder, "listed"), suppress(FileNotFoundError, NotADirectoryError):
             return list(os.scandir(self._folder))
         return []
-
-
-def _write_at(descriptor: int, data: memoryview, position: int) -> None:
-    """Write all bytes of a chunk: whole blocks directly, where the file system and the address allow it."""
-    direct = _set_direct(descriptor, True)
-    while data:
-        if len(data) < _BLOCK_BYTES and direct:
-            direct = _set_direct(descriptor, False)
-        count = len(data) // _BLOCK_BYTES * _BLOCK_BYTES if direct else len(data)
-        try:
-            count = os.pwrite(descriptor, data[:count], position)
-        except OSError as error:
-            if not direct or error.errno != errno.EINVAL:
-                raise
-            direct, count = _set_direct(descriptor, False), 0
-        data, position = data[count:], position + count
-
-
-def _set_direct(descriptor: int, wanted: bool) -> bool:
-    """Let writes go past the page cache, or not; return whether they do."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~_O_DIRECT
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _O_DIRECT if wanted else flags)
-    except OSError:  # some file systems know no direct writes
-        return False
-    return wanted and _O_DIRECT != 0
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # the answer of file systems that need no such thing
-            raise
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -8,18 +8,22 @@ import zlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import TINY, fork_each, make_engine, spell_out, started_world
+from support_deepspeed import save_filled
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from shardwright import checkpoint
 from shardwright.checkpoint.box import pieces_of
+from shardwright.checkpoint.interop.deepspeed import import_from_deepspeed
 from shardwright.checkpoint.state import collect
 from shardwright.conf.load import load_config
 from shardwright.kernels import select
 from shardwright.trainer.build import make_plain_model
 
+DEEPSPEED = [(2, f"deepspeed {stage}") for stage in (1, 2, 3)]  # its checkpoints are imported; it never loads
 PROGRAMS = [(1, "plain"), (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (4, "hsdp")]
 LAYOUTS = [
     *PROGRAMS,
@@ -42,9 +46,8 @@ LAYOUTS = [
     (8, "tensor=2 context=2 pipeline=2"),
 ]
 RANDOM = random.Random(4)
-PAIRS = [(source, target) for source in LAYOUTS for target in RANDOM.sample([x for x in LAYOUTS if x != source], 2)][
-    :42
-]
+SOURCES = [*DEEPSPEED, *LAYOUTS]
+PAIRS = [(source, target) for source in SOURCES for target in RANDOM.sample([x for x in LAYOUTS if x != source], 2)]
 MODES = ("sync", "async", "overlap")
 
 
@@ -92,7 +95,20 @@ def fill(parts):
             piece.tensor.copy_(expected(name, piece))
 
 
+def save_by_deepspeed(stage, path):
+    """Let DeepSpeed save the same tensors, and import that."""
+    plain = program_parts("plain", load_config([*TINY, *spell_out("layers=4")]))["model"]
+    shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
+    save_filled(f"{path}-deepspeed", stage, shapes, lambda name, x: x.copy_(expected(name, pieces_of(x)[0])))
+    if dist.get_rank() == 0:
+        import_from_deepspeed(f"{path}-deepspeed", path)
+    dist.barrier()
+
+
 def save(layout, path, mode):
+    if layout.startswith("deepspeed"):
+        save_by_deepspeed(int(layout[-1]), path)
+        return
     parts = make_parts(layout)
     with torch.no_grad():
         fill(parts)
@@ -119,7 +135,7 @@ def by_processes(layouts):
 def saved(tmp_path_factory):
     """Layout -> the checkpoint that it saved."""
     folder, paths = tmp_path_factory.mktemp("saved"), {}
-    for processes, layouts in by_processes(LAYOUTS).items():
+    for processes, layouts in by_processes(SOURCES).items():
         calls = {}
         for number, layout in enumerate(layouts):
             paths[layout] = str(folder / f"{processes}-{number}")
@@ -142,7 +158,7 @@ def test_forty_random_pairs(saved, processes):
 
 
 def test_the_pairs_are_forty():
-    assert len(PAIRS) >= 40 and {source for source, _ in PAIRS} | {target for _, target in PAIRS} == set(LAYOUTS)
+    assert len(PAIRS) >= 40 and {source for source, _ in PAIRS} == set(SOURCES)
 
 
 def test_the_numbers_tell_places_apart():

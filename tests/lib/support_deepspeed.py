@@ -69,13 +69,65 @@ def train_and_save(folder, runs):
 
     Return name -> (what the live engine says that it holds: name -> tensor, losses of the further steps).
     """
+    deepspeed = _start()
+    return {name: _train_and_save(deepspeed, Path(folder) / name, config) for name, config in runs.items()}
+
+
+def save_filled(folder, stage, shapes, fill):
+    """Be a rank: save parameters and moments that hold what `fill(name, tensor)` writes, and no step has changed."""
+    deepspeed = _start()
+    model = Holder(shapes)
+    for name, parameter in model.named_parameters():
+        fill(f"model.{name}", parameter.data)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero(stage))
+    engine.backward(engine(torch.zeros(1)))
+    engine.step()
+    _link_states(engine)
+    for name, parameter in engine.module.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            value = torch.empty(shapes[name])
+            fill(f"optimizer.moments.{name}.{key}", value)
+            if stage < 3:
+                parameter.set_full_hp_param(value, key)
+                continue
+            part = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, optim_state_key=key)[0]
+            own = value.flatten()[dist.get_rank() * part.numel() :][: part.numel()]
+            part[: own.numel()].copy_(own)
+    engine.save_checkpoint(str(folder), tag="step1")
+
+
+class Holder(nn.Module):
+    """Parameters with given names and shapes, whose gradients are zero."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        children = {}
+        for name, shape in shapes.items():
+            head, _, rest = name.partition(".")
+            if rest:
+                children.setdefault(head, {})[rest] = shape
+            else:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        for name, held in children.items():
+            self.add_module(name, Holder(held))
+
+    def forward(self, x):
+        for parameter in self.parameters(recurse=False):
+            x = x + 0 * parameter.sum()
+        for child in self.children():
+            x = x + child(x)
+        return x.sum()
+
+
+def _start():
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled
     deepspeed.init_distributed("gloo")
-    return {name: _train_and_save(deepspeed, Path(folder) / name, config) for name, config in runs.items()}
+    return deepspeed
 
 
 def _train_and_save(deepspeed, folder, config):
@@ -98,9 +150,7 @@ def _train_and_save(deepspeed, folder, config):
 def _truth(deepspeed, engine):
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # DeepSpeed links those of the first group only
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _link_states(engine)
     truth = {f"model.{name}": buffer for name, buffer in engine.module.named_buffers() if name != "hidden"}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
@@ -111,6 +161,12 @@ def _truth(deepspeed, engine):
             with deepspeed.zero.GatheredParameters([parameter]):
                 truth[f"model.{name}"] = parameter.detach().clone()
     return {name: tensor.detach().clone() for name, tensor in truth.items()}
+
+
+def _link_states(engine):
+    if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):  # DeepSpeed links those of the first group only
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def rewrite(path, change):

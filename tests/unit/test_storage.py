@@ -14,7 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shardwright.checkpoint import storage as storages
+from shardwright.checkpoint import disk
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
 from shardwright.checkpoint.storage import CHUNK_BYTES, LocalStorage, RemoteStorage, open_storage
 
@@ -284,7 +284,7 @@ def test_open_storage_refuses(monkeypatch):
 def direct_writes(tmp_path, monkeypatch):
     """The writes of a test: (bytes, whether they went past the page cache)."""
     with open(tmp_path / "probe", "wb") as file:
-        if not storages._set_direct(file.fileno(), True):
+        if not disk._set_direct(file.fileno(), True):
             pytest.skip("the file system of the temporary folder knows no direct writes")
     writes, inner = [], os.pwrite
 
