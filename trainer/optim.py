@@ -136,13 +136,15 @@ class Lamb(Optimizer):
             alias.data = weights[name]
 
         matrices = [name for name in used if self._parameters[name].ndim > 1]
-        w, u = ([parts[name] for name in matrices] for parts in (weights, updates))
-        torch._foreach_add_(u, w, alpha=-self._weight_decay)
-        groups = [sharded_over(self._parameters[name]) for name in matrices]
-        w_norms, u_norms = square_norms([*w, *u], [*groups, *groups]).sqrt().chunk(2)
-        ratios = torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 1.0)
         rate = lr * ~skip
-        rates = dict.fromkeys(used, rate) | dict(zip(matrices, (rate * ratios).unbind(), strict=True))
+        rates = dict.fromkeys(used, rate)
+        if matrices:
+            w, u = ([parts[name] for name in matrices] for parts in (weights, updates))
+            torch._foreach_add_(u, w, alpha=-self._weight_decay)
+            groups = [sharded_over(self._parameters[name]) for name in matrices]
+            w_norms, u_norms = square_norms([*w, *u], [*groups, *groups]).sqrt().chunk(2)
+            ratios = torch.where((w_norms > 0) & (u_norms > 0), w_norms / u_norms, 1.0)
+            rates |= dict(zip(matrices, (rate * ratios).unbind(), strict=True))
         torch._foreach_mul_(list(updates.values()), list(rates.values()))
         torch._foreach_add_(list(weights.values()), list(updates.values()))
 

@@ -70,6 +70,15 @@ def test_lamb_is_lamb(decay):
         torch.testing.assert_close(moments["exp_avg_sq"].double(), state[name][2], atol=1e-6, rtol=1e-5)
 
 
+def test_lamb_without_matrices():
+    model = nn.LayerNorm(4)
+    optimizer = make_optimizer(load_config(["optim=lamb"]).optim, model)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(lr=0.1, grad_scale=ONE, skip=NO)
+    torch.testing.assert_close(model.weight.detach(), torch.full((4,), 0.9), atol=1e-5, rtol=0)
+
+
 def test_the_config_names_the_optimizer():
     model = nn.Linear(2, 2)
     assert isinstance(make_optimizer(load_config(["optim=adamw"]).optim, model), AdamW)
