@@ -1,6 +1,6 @@
 """State to bytes and back, with no layout in between: usable in any PyTorch program."""
 
-from shardwright.checkpoint.api import load, read_values, save, steps_in_memory
+from shardwright.checkpoint.api import load, prepare, read_values, save, steps_in_memory
 from shardwright.checkpoint.archive import Archive, Writer, create, open
 from shardwright.checkpoint.box import Box, FlatSlice
 from shardwright.checkpoint.errors import CheckpointError, DamagedError
@@ -32,6 +32,7 @@ __all__ = [
     "find_complete",
     "load",
     "open",
+    "prepare",
     "read_values",
     "retain",
     "save",

@@ -66,6 +66,20 @@ def save(
     return pending
 
 
+def prepare(path: str | Path, parts: Mapping[str, Stateful], *, options: SaveOptions | None = None) -> None:
+    """Plan a first `async` or `overlap` save and begin to allocate its memory, so that it costs what later ones cost.
+
+    Optional; collective like `save`, whose arguments it takes. The optimizer has to have its state by then.
+
+    Raises:
+        CheckpointError: what cannot be saved; on all processes.
+    """
+    saver = _saver(options or SaveOptions())
+    state = State()
+    saver.tree.run(lambda: _collect_into(state, parts))
+    saver.prepare(open_storage(path), state)
+
+
 def load(
     path: str | Path | HostMemory, parts: Mapping[str, Stateful], *, options: LoadOptions | None = None
 ) -> LoadReport:

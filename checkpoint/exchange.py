@@ -34,6 +34,9 @@ class Tree:
 
     Args:
         timeout_seconds: how long a process waits for each of those below it in the tree.
+
+    Raises:
+        CheckpointError: the processes cannot reach each other.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -41,7 +44,8 @@ class Tree:
         self.timeout_seconds = timeout_seconds
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-            group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30), group_desc="checkpoint")
+            with self._asking_store():
+                group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30), group_desc="checkpoint")
             assert isinstance(group, dist.ProcessGroup)
             self._group = group
             self._store = dist.PrefixStore(f"checkpoint/{self._group.group_name}", _get_default_store())

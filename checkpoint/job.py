@@ -84,7 +84,7 @@ class Pending:
 
 
 class Buffers:
-    """Host buffers of `CHUNK_BYTES`, allocated when first needed and then kept.
+    """Host buffers of `CHUNK_BYTES`, allocated when first needed, or ahead, and then kept.
 
     Attributes:
         limit: how many there may be.
@@ -92,7 +92,7 @@ class Buffers:
 
     def __init__(self, memory_gib: float, *, pinned: bool) -> None:
         self.limit, self._pinned = max(int(memory_gib * 2**30) // CHUNK_BYTES, 2), pinned
-        self._num_made = 0
+        self._num_made, self._lock = 0, threading.Lock()
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
 
     def has_free(self) -> bool:
@@ -101,15 +101,32 @@ class Buffers:
 
     def take(self, stop: threading.Event) -> torch.Tensor:
         """Return a buffer, waiting for one if all are in use."""
-        if self._free.empty() and self._num_made < self.limit:
-            self._num_made += 1
-            return make_buffer(CHUNK_BYTES, pinned=self._pinned)
+        if self._free.empty() and (buffer := self._make()) is not None:
+            return buffer
         while True:
             try:
                 return self._free.get(timeout=0.1)
             except queue.Empty:
                 if stop.is_set():
                     raise CheckpointError("stopped") from None
+
+    def make_ahead(self, sizes: Iterable[int]) -> None:
+        """Make a buffer for each of some sizes, as far as the limit goes, and touch what will be used of it."""
+        try:
+            for size in sizes:
+                if (buffer := self._make()) is None:
+                    return
+                buffer[:size].zero_()
+                self.give(buffer)
+        except (RuntimeError, OSError) as error:
+            logger.warning(f"no host memory for the next checkpoint: {error}; lower memory_gib, or free some")
+
+    def _make(self) -> torch.Tensor | None:
+        with self._lock:
+            if self._num_made >= self.limit:
+                return None
+            self._num_made += 1
+        return make_buffer(CHUNK_BYTES, pinned=self._pinned)
 
     def give(self, buffer: torch.Tensor) -> None:
         """Take a buffer back."""

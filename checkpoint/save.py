@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import sys
+import threading
 import time
 import uuid
 import weakref
@@ -22,7 +23,7 @@ from shardwright.checkpoint.job import Buffers, File, Pending, SaveJob
 from shardwright.checkpoint.manifest import Manifest, TensorInfo
 from shardwright.checkpoint.planner import Part, plan
 from shardwright.checkpoint.state import State
-from shardwright.checkpoint.storage import Storage
+from shardwright.checkpoint.storage import CHUNK_BYTES, Storage
 
 _BOUNDED_GIB = 0.25
 _under_way: weakref.WeakSet[Pending] = weakref.WeakSet()
@@ -73,6 +74,7 @@ class Saver:
         self.tree = Tree(options.timeout_seconds)
         self._plan: Plan | None = None
         self._skeleton: list[Manifest] = []  # rank 0's manifest of the last save, whose boxes stay while plans do
+        self._layouts_sent = False
         self._buffers: dict[tuple[bool, bool], Buffers] = {}
         self._last: Pending | None = None
 
@@ -89,12 +91,7 @@ class Saver:
         """
         started = time.monotonic()
         self.end_last()
-        pieces = [
-            (Entry(name, TensorInfo(piece.tensor.dtype, piece.shape), piece.box), piece)
-            for name, tensor in state.tensors.items()
-            for piece in pieces_of(tensor)
-            if piece.box.numel or 0 in piece.shape
-        ]
+        pieces = _pieces(state)
         reused = self._make_plan([entry for entry, _ in pieces], storage.max_file_bytes)
         assert self._plan is not None
         token = uuid.uuid4().hex[:12]
@@ -106,13 +103,29 @@ class Saver:
         pinned = any(tensor.is_cuda for file in files for tensor in file.tensors)
         pipeline = pinned if self.options.pipeline == "auto" else self.options.pipeline
         job = SaveJob(self.tree, storage, files, state.values, self._skeleton, pipeline=pipeline)
-        if (pinned, bounded) not in self._buffers:
-            gib = min(_BOUNDED_GIB, self.options.memory_gib) if bounded else self.options.memory_gib
-            self._buffers[pinned, bounded] = Buffers(gib, pinned=pinned)
-        job.start(pending, self._buffers[pinned, bounded], send_layouts=not reused)
+        job.start(pending, self._buffers_for(pinned, bounded), send_layouts=not self._layouts_sent)
+        self._layouts_sent = True
         self._last = pending
         _under_way.add(pending)
         return pending
+
+    def prepare(self, storage: Storage, state: State) -> None:
+        """Make the plan of a first save (collective), and its buffers in a thread."""
+        pieces = _pieces(state)
+        self._make_plan([entry for entry, _ in pieces], storage.max_file_bytes)
+        assert self._plan is not None
+        layouts = self._plan.layouts
+        sizes = [
+            min(layout.size - start, CHUNK_BYTES) for layout in layouts for start in range(0, layout.size, CHUNK_BYTES)
+        ]
+        buffers = self._buffers_for(any(piece.tensor.is_cuda for _, piece in pieces), bounded=False)
+        threading.Thread(target=buffers.make_ahead, args=(sizes,), name="checkpoint-buffers").start()
+
+    def _buffers_for(self, pinned: bool, bounded: bool) -> Buffers:
+        if (pinned, bounded) not in self._buffers:
+            gib = min(_BOUNDED_GIB, self.options.memory_gib) if bounded else self.options.memory_gib
+            self._buffers[pinned, bounded] = Buffers(gib, pinned=pinned)
+        return self._buffers[pinned, bounded]
 
     def end_last(self) -> None:
         """Wait for the save before, or end it, and make a new tree if a process was late in it (collective)."""
@@ -149,8 +162,17 @@ class Saver:
         for group, layout in zip(parts, layouts, strict=True):
             by_entry = {id(part.entry): part for part in group}
             ordered.append([by_entry[id(entry)] for entry in layout.entries])
-        self._plan = Plan(key, max_file_bytes, ordered, layouts)
+        self._plan, self._layouts_sent = Plan(key, max_file_bytes, ordered, layouts), False
         return False
+
+
+def _pieces(state: State) -> list[tuple[Entry, Piece]]:
+    return [
+        (Entry(name, TensorInfo(piece.tensor.dtype, piece.shape), piece.box), piece)
+        for name, tensor in state.tensors.items()
+        for piece in pieces_of(tensor)
+        if piece.box.numel or 0 in piece.shape
+    ]
 
 
 @atexit.register

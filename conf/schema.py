@@ -73,8 +73,8 @@ class ModelConfig:
 
     @property
     def kernel_sizes(self) -> dict[str, int | None]:
-        """Sizes that kernels are chosen by: `head_dim`, of a family that attends."""
-        return {"head_dim": None}
+        """Sizes that kernels are chosen by: `head_dim`, of a family that attends, and `hidden_size`."""
+        return {"head_dim": None, "hidden_size": None}
 
     def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
         """Yield a message (value, rule, remedy) for every pair of settings that this family cannot run."""
@@ -112,7 +112,7 @@ class LlamaConfig(ModelConfig):
     @property
     def kernel_sizes(self) -> dict[str, int | None]:
         """See `ModelConfig`."""
-        return {"head_dim": self.head_dim}
+        return {"head_dim": self.head_dim, "hidden_size": self.hidden_size}
 
     def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
         """See `ModelConfig`."""

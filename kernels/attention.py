@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shardwright.kernels.op import Candidate, Op, Situation
+from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
 
 
 def attention_mask(positions_BT: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -102,11 +102,32 @@ def _varlen_unsupported(situation: Situation) -> str | None:
     return None if head_dim <= 256 and head_dim % 8 == 0 else "needs a head size up to 256 that 8 divides"
 
 
+def triton(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):
+    """As `reference`, through this project's FlashAttention in Triton."""
+    from shardwright.kernels.triton.attention import attention  # needs triton, which may not be installed
+
+    return attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window=window)[0]
+
+
+def _triton_unsupported(situation: Situation) -> str | None:
+    if refusal := lacks_triton(situation):
+        return refusal
+    if situation.dtype not in (torch.bfloat16, torch.float16):
+        return "needs bf16 or fp16"
+    head_dim = situation.sizes["head_dim"] or 0
+    if head_dim > 256 or head_dim % 16:
+        return "needs a head size up to 256 that 16 divides"
+    from shardwright.kernels.triton.ptxas import hazard
+
+    return hazard(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+
+
 OP = Op(
     name="attention",
     reference=reference,
     candidates=(
         Candidate(name="varlen", function=varlen, unsupported=_varlen_unsupported),
         Candidate(name="sdpa", function=sdpa, unsupported=lambda situation: None),
+        Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),
     ),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from shardwright.kernels.op import Op
+from shardwright.kernels.op import Candidate, Op, lacks_triton
 
 IGNORED = -100  # label of a token that is not predicted: the last of a document
 
@@ -26,4 +26,15 @@ def reference(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torc
     return losses.sum(dtype=torch.float64)
 
 
-OP = Op(name="linear_cross_entropy", reference=reference)
+def fused(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """As `reference`, chunk by chunk of tokens, so that the logits never exist whole."""
+    from shardwright.kernels.triton.linear_cross_entropy import linear_cross_entropy  # needs Triton, which CPUs lack
+
+    return linear_cross_entropy(hidden_BTC, weight_VC, labels_BT)
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    reference=reference,
+    candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton, by_name_only=True),),
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,13 +26,31 @@ class Situation:
     sizes: Mapping[str, int | None] = field(default_factory=dict)
 
 
+def lacks_triton(situation: Situation) -> str | None:
+    """Return why no Triton kernel can run in a situation, or None."""
+    if situation.device != "cuda":
+        return "needs a CUDA device"
+    if find_spec("triton") is None:
+        return "needs Triton; pip install 'shardwright[gpu]'"
+    floating = (torch.bfloat16, torch.float16, torch.float32)
+    return None if situation.dtype in floating else "needs bf16, fp16 or fp32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A faster implementation of an op. `unsupported` returns why it cannot run in a situation, or None."""
+    """A faster implementation of an op.
+
+    Attributes:
+        name: in the config.
+        function: called as the reference is.
+        unsupported: returns why it cannot run in a situation, or None.
+        by_name_only: `auto` passes it over, as nobody has measured that it is faster.
+    """
 
     name: str
     function: Callable[..., Any]
     unsupported: Callable[[Situation], str | None]
+    by_name_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +74,8 @@ class Op:
         refusals = {c.name: c.unsupported(situation) for c in self.candidates}
         functions = {c.name: c.function for c in self.candidates} | {"reference": self.reference}
         if wanted == "auto":
-            name = next((name for name, refusal in refusals.items() if refusal is None), "reference")
+            measured = (c.name for c in self.candidates if refusals[c.name] is None and not c.by_name_only)
+            name = next(measured, "reference")
         elif wanted not in functions:
             raise KernelError(
                 f"kernels.{self.name}={wanted} is no implementation of it; use auto, {', '.join(functions)}"

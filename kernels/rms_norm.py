@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from shardwright.kernels.op import Candidate, Op
+from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,6 +19,18 @@ def native(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
+def triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As `reference`, in one kernel; backward in two, without atomics."""
+    from shardwright.kernels.triton.norm import rms_norm
+
+    return rms_norm(x, weight, eps)
+
+
+def _triton_unsupported(situation: Situation) -> str | None:
+    too_wide = (situation.sizes.get("hidden_size") or 0) > 16384
+    return lacks_triton(situation) or ("needs a hidden size up to 16384" if too_wide else None)
+
+
 OP = Op(
     name="rms_norm",
     reference=reference,
@@ -26,5 +38,6 @@ OP = Op(
         Candidate(
             name="torch", function=native, unsupported=lambda s: None if s.device == "cuda" else "fused on CUDA only"
         ),
+        Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),
     ),
 )

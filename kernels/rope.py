@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shardwright.kernels.op import Op
+from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
 
 
 def reference(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
@@ -20,4 +20,20 @@ def reference(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
     return (x_BTHD.float() * cos_BTD[:, :, None] + turned * sin_BTD[:, :, None]).to(x_BTHD.dtype)
 
 
-OP = Op(name="rope", reference=reference)
+def triton(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
+    """As `reference`, in one kernel, which reads the first half of the angles; they get no gradient."""
+    from shardwright.kernels.triton.rope import rope
+
+    return rope(x_BTHD, cos_BTD, sin_BTD)
+
+
+def _triton_unsupported(situation: Situation) -> str | None:
+    odd = (situation.sizes.get("head_dim") or 0) % 2
+    return lacks_triton(situation) or ("needs an even head size" if odd else None)
+
+
+OP = Op(
+    name="rope",
+    reference=reference,
+    candidates=(Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),),
+)

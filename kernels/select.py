@@ -38,7 +38,7 @@ def select(wanted: Any, *, device: str, dtype: torch.dtype, sizes: Mapping[str, 
         wanted: an object with one attribute per op, `auto` or a name (the `kernels` group of the config).
         device: device type, `cpu` or `cuda`.
         dtype: dtype of the activations.
-        sizes: what candidates ask for: `head_dim`.
+        sizes: what candidates ask for: `head_dim`, `hidden_size`.
 
     Raises:
         KernelError: a named choice is unknown or cannot run.

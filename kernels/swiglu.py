@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from shardwright.kernels.op import Op
+from shardwright.kernels.op import Candidate, Op, lacks_triton
 
 
 def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -13,4 +13,15 @@ def reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-OP = Op(name="swiglu", reference=reference)
+def triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """As `reference`, in one kernel and rounded once; backward computes the activation again."""
+    from shardwright.kernels.triton.gated import swiglu
+
+    return swiglu(gate, up)
+
+
+OP = Op(
+    name="swiglu",
+    reference=reference,
+    candidates=(Candidate(name="triton", function=triton, unsupported=lacks_triton, by_name_only=True),),
+)

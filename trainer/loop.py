@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 def train(run: Run) -> bool:
     """Train to the end, or to an agreed stop (collective). Returns whether the end was reached."""
     config, progress, num_steps = run.config, run.progress, run.config.train.num_steps
-    if progress.step >= num_steps:
-        logger.info(f"nothing to do: step {progress.step} of train.num_steps={num_steps} is done; raise it to go on")
     meter, stop, stopping = Meter(), GracefulStop(), False
     saves = Saves(config.checkpoint, run.parts, run.memory, run.world.rank)
+    if progress.step >= num_steps:
+        logger.info(f"nothing to do: step {progress.step} of train.num_steps={num_steps} is done; raise it to go on")
+    else:
+        saves.prepare()
     while progress.step < num_steps and not stopping:
         with meter.waiting():
             batches = next(run.loader)

@@ -47,6 +47,11 @@ class Saves:
         self._failure: CheckpointError | None = None
         self._cleaning: threading.Thread | None = None
 
+    def prepare(self) -> None:
+        """Plan the first save and allocate its memory behind training (collective)."""
+        if self._config.mode != "sync":
+            checkpoint.prepare(self._config.folder, self._parts, options=self._options)
+
     def begin(self, step: int, *, in_memory: bool = False) -> None:
         """Begin to save the state after a step (collective)."""
         if self._config.unfinished == "wait":

@@ -1,0 +1,229 @@
+"""Optimizer kernels against torch's AdamW, our LAMB and float64; steps that are skipped; sums that repeat."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from shardwright.kernels.triton import optimizer as opt
+from shardwright.trainer.optim import Lamb
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HYPER = opt.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+SHORT = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
+
+def scalars(lr=0.01, step=1.0, multiplier=1.0, skip=False):
+    lr, step, multiplier = (torch.tensor(x, dtype=torch.float32, device=DEVICE) for x in (lr, step, multiplier))
+    return opt.Scalars(lr=lr, step=step, multiplier=multiplier, skip=torch.tensor(skip, device=DEVICE))
+
+
+def make_shard(size, seed=0, copy=None):
+    generator = torch.Generator().manual_seed(seed)
+    param = torch.randn(size, generator=generator).to(DEVICE)
+    zeros = torch.zeros(size, device=DEVICE)
+    copy = None if copy is None else torch.zeros(size, dtype=copy, device=DEVICE)
+    return opt.Shard(param=param, exp_avg=zeros, exp_avg_sq=zeros.clone(), copy=copy)
+
+
+def gradients(size, count, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(99)
+    return [(torch.randn(size, generator=generator) * 10.0 ** (i % 3 - 1)).to(DEVICE, dtype) for i in range(count)]
+
+
+def clones(shard):
+    return [x.clone() for x in shard.tensors]
+
+
+def assert_twice(ours, theirs, truth):
+    error, allowed = ((x.double() - truth).norm() for x in (ours, theirs))
+    assert error <= 2 * allowed + 1e-7 * truth.norm(), (error, allowed)
+
+
+def torch_adamw(param, grads, lrs, multiplier, dtype):
+    """Parameters and moments after one step per gradient, by torch's AdamW without fusion."""
+    p = torch.nn.Parameter(param.to(dtype))
+    adamw = torch.optim.AdamW([p], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, foreach=False)
+    for grad, lr in zip(grads, lrs, strict=True):
+        adamw.param_groups[0]["lr"] = lr
+        p.grad = grad.to(dtype) * multiplier
+        adamw.step()
+    return p.detach(), adamw.state[p]["exp_avg"], adamw.state[p]["exp_avg_sq"]
+
+
+@pytest.mark.parametrize("config", [None, *opt.CONFIGS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_adamw_is_torchs(dtype, config):
+    size = 1000 if config is None else 2 * config.blocks["BLOCK"] + 37
+    shard, grads, lrs = make_shard(size), gradients(size, 6, dtype), [0.01 * (i + 1) for i in range(6)]
+    start = shard.param.clone()
+    for i, (grad, lr) in enumerate(zip(grads, lrs, strict=True)):
+        now = scalars(lr=lr, step=i + 1.0, multiplier=0.25)
+        opt.launch_adamw(shard.tensors, grad, now.arguments, HYPER.arguments, config)
+    theirs, truth = (torch_adamw(start, grads, lrs, 0.25, d) for d in (torch.float32, torch.float64))
+    for three in zip(shard.tensors, theirs, truth, strict=True):
+        assert_twice(*three)
+
+
+@pytest.mark.parametrize("step", [1.0, 30.0, 499.0, 501.0, 1e6])
+def test_bias_corrections_lose_no_digits(step):
+    shard, grad = make_shard(64), gradients(64, 1)[0]
+    before = [x.double() for x in shard.tensors]
+    opt.adamw_(shard, grad, scalars(step=step), HYPER)
+    m, v = 0.1 * grad.double(), (1 - 0.999) * grad.double().square()
+    direction = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+    moved = before[0] - 0.01 * (direction + 0.1 * before[0])
+    torch.testing.assert_close(shard.param.double(), moved, rtol=2e-7, atol=1e-8 + 1e-8 * direction.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [7, 1024, 3000])
+def test_adamw_writes_the_copy(size):
+    shard = make_shard(size, copy=SHORT)
+    opt.adamw_(shard, gradients(size, 1)[0], scalars(), HYPER)
+    assert torch.equal(shard.copy, shard.param.to(SHORT))
+
+
+MATRICES = {"a": (3, 500), "b": (1, 1), "c": (40, 70), "zeros": (5, 9)}
+ALIGNED = {"a": (8, 160), "b": (4, 4), "c": (40, 70), "zeros": (6, 8)}
+
+
+def lamb_step(shard, grad, segments, now, hyper):
+    opt.lamb_apply_(shard, opt.lamb_moments_(shard, grad, segments, now, hyper), segments, now, hyper)
+
+
+def lamb_exactly(params, states, grads, lr, step):
+    """Algorithm 2 of arXiv 1904.00962, in float64."""
+    for p, (m, v), grad in zip(params, states, grads, strict=True):
+        m.lerp_(grad.double(), 0.1)
+        v.lerp_(grad.double().square(), 1 - 0.999)
+        u = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-8) + 0.1 * p
+        ratio = p.norm() / u.norm() if p.norm() > 0 and u.norm() > 0 else 1.0
+        p -= lr * ratio * u
+
+
+@pytest.mark.parametrize(("shapes", "config"), [(ALIGNED, None), *((MATRICES, config) for config in opt.CONFIGS)])
+def test_lamb_is_ours(shapes, config):
+    model = torch.nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()}).to(DEVICE)
+    torch.nn.init.zeros_(model["zeros"])
+    values = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    theirs = Lamb(SimpleNamespace(peak_lr=0.0, **values), model)
+    flat = torch.cat([p.detach().flatten() for p in model.values()])
+    zeros = torch.zeros_like(flat)
+    copy = torch.zeros_like(flat, dtype=SHORT)
+    shard = opt.Shard(param=flat, exp_avg=zeros, exp_avg_sq=zeros.clone(), copy=copy)
+    sizes = torch.tensor([p.numel() for p in model.values()])
+    segments = opt.Segments([0, *sizes.cumsum(0).tolist()], flat.device, config)
+    assert segments.launch[2] == (shapes is ALIGNED)
+    exact = [p.detach().double() for p in model.values()]
+    states = [(torch.zeros_like(p), torch.zeros_like(p)) for p in exact]
+    for i, grad in enumerate(gradients(len(flat), 3)):
+        parts = [g.view_as(p) for g, p in zip(grad.split(sizes.tolist()), exact, strict=True)]
+        for p, g in zip(model.values(), parts, strict=True):
+            p.grad = g.clone()
+        divisor = torch.tensor(4.0, device=DEVICE)
+        theirs.step(lr=0.02 * i, grad_scale=divisor, skip=torch.tensor(False, device=DEVICE))
+        lamb_step(shard, grad, segments, scalars(lr=0.02 * i, step=i + 1.0, multiplier=0.25), opt.Hyper(**values))
+        lamb_exactly(exact, states, [g / 4 for g in parts], 0.02 * i, i + 1)
+    moments = theirs.state_dict()["moments"].values()
+    for i, (p, plain, kept) in enumerate(zip(exact, model.values(), moments, strict=True)):
+        ours = [x.split(sizes.tolist())[i].view_as(p) for x in shard.tensors[:3]]
+        for three in zip(ours, (plain.detach(), *kept.values()), (p, *states[i]), strict=True):
+            assert_twice(*three)
+    assert torch.equal(shard.copy, shard.param.to(SHORT))
+
+
+def test_norms_of_a_split_tensor_add_up():
+    """The caller sums square norms over processes between the launches."""
+    whole, grad = make_shard(5000), gradients(5000, 1)[0]
+    halves = [opt.Shard(**{k: getattr(whole, k)[part].clone() for k in ("param", "exp_avg", "exp_avg_sq")})
+              for part in (slice(0, 2100), slice(2100, 5000))]  # fmt: skip
+    segments = [opt.Segments(offsets, grad.device) for offsets in ([0, 2000, 2100], [0, 2900])]
+    squares = [
+        opt.lamb_moments_(h, g, s, scalars(), HYPER)
+        for h, g, s in zip(halves, grad.split([2100, 2900]), segments, strict=True)
+    ]
+    squares[0][:, 1:] += squares[1]
+    squares[1] = squares[0][:, 1:]
+    for half, square, segment in zip(halves, squares, segments, strict=True):
+        opt.lamb_apply_(half, square, segment, scalars(), HYPER)
+    lamb_step(whole, grad, opt.Segments([0, 2000, 5000], grad.device), scalars(), HYPER)
+    torch.testing.assert_close(torch.cat([h.param for h in halves]), whole.param, rtol=1e-6, atol=1e-7)
+
+
+SKIPS = [dict(skip=True), dict(multiplier=float("nan")), dict(multiplier=float("inf")), dict(multiplier=-float("inf"))]
+
+
+@pytest.mark.parametrize("why", SKIPS)
+def test_a_skipped_step_changes_nothing(why):
+    shard, bad = make_shard(3000, copy=SHORT), torch.full((3000,), float("nan"), device=DEVICE)
+    segments = opt.Segments([0, 1700, 3000], shard.param.device)
+    lamb_step(shard, gradients(3000, 1)[0], segments, scalars(), HYPER)
+    before = clones(shard)
+    for step in (0.0, 2.0):
+        opt.adamw_(shard, bad, scalars(step=step, **why), HYPER)
+        lamb_step(shard, bad, segments, scalars(step=step, **why), HYPER)
+    assert all(torch.equal(x, old) for x, old in zip(shard.tensors, before, strict=True))
+
+
+def test_a_vector_under_lamb_is_adamw_without_decay():
+    """As in trainer.optim: norms and biases are neither decayed nor scaled by a ratio of norms."""
+    bias = torch.nn.ParameterDict({"bias": torch.randn(300), "matrix": torch.randn(2, 2)}).to(DEVICE)
+    shard = opt.Shard(param=bias["bias"].detach().clone(), **make_moments(300))
+    theirs = Lamb(SimpleNamespace(peak_lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1), bias)
+    no_decay = opt.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    for i, grad in enumerate(gradients(300, 3)):
+        bias["bias"].grad, bias["matrix"].grad = grad.clone(), grad[:4].view(2, 2).clone()
+        theirs.step(lr=0.1, grad_scale=torch.ones((), device=DEVICE), skip=torch.tensor(False, device=DEVICE))
+        opt.adamw_(shard, grad, scalars(lr=0.1, step=i + 1.0), no_decay)
+    torch.testing.assert_close(shard.param, bias["bias"].detach(), rtol=1e-6, atol=1e-6)
+
+
+def make_moments(size):
+    return {name: torch.zeros(size, device=DEVICE) for name in ("exp_avg", "exp_avg_sq")}
+
+
+@pytest.mark.parametrize("config", opt.SUM_CONFIGS)
+@pytest.mark.parametrize("sizes", [[1], [4096, 17], [9000, 0, 5]])
+def test_square_sum(sizes, config, monkeypatch):
+    monkeypatch.setattr(opt, "_MAX_PARTIALS", 2)  # so that programs have several blocks
+    tensors = [
+        gradients(n, 1, dtype)[0] for n, dtype in zip(sizes, (torch.float32, torch.float16, SHORT), strict=False)
+    ]
+    ours = opt.launch_square_sum(tensors, config)
+    truth = sum(x.double().square().sum() for x in tensors)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-6, atol=0)
+    assert ours.dtype == torch.float32 and ours.ndim == 0
+    assert torch.equal(ours, opt.launch_square_sum(tensors, config))
+
+
+def test_square_sum_shows_what_is_not_finite():
+    fine = torch.ones(10, device=DEVICE)
+    assert opt.square_sum([fine]).item() == 10
+    for bad in (float("nan"), float("inf")):
+        assert not opt.square_sum([fine, torch.full((3,), bad, device=DEVICE)]).isfinite()
+
+
+def test_operators_keep_the_rules_of_torch():
+    shard, grad, now = make_shard(50, copy=SHORT), gradients(50, 1)[0], scalars()
+    segments = opt.Segments([0, 20, 50], grad.device)
+    rest = segments.tensors, now.arguments, HYPER.arguments, segments.launch
+    squares = torch.ones(2, 2, device=DEVICE)
+    ops = torch.ops.shardwright
+    torch.library.opcheck(ops.adamw_, (shard.tensors, grad, now.arguments, HYPER.arguments))
+    torch.library.opcheck(ops.lamb_moments_, (shard.tensors, grad, *rest))
+    torch.library.opcheck(ops.lamb_apply_, (shard.tensors, squares, *rest))
+    torch.library.opcheck(ops.square_sum, ([grad, grad[:7].half()],))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compilers_see_no_break(backend):
+    grad, now, hyper = gradients(300, 1)[0], scalars(), HYPER.arguments
+
+    def step(shard, grad, scalars):
+        clipped = [*scalars[:2], scalars[2] / opt.square_sum([grad]).sqrt().clamp(min=1.0), scalars[3]]
+        torch.ops.shardwright.adamw_(shard, grad, clipped, hyper)
+
+    shards = make_shard(300), make_shard(300)
+    torch.compile(step, fullgraph=True, backend=backend)(shards[0].tensors, grad, now.arguments)
+    step(shards[1].tensors, grad, now.arguments)
+    assert all(torch.equal(a, b) for a, b in zip(shards[0].tensors, shards[1].tensors, strict=True))
