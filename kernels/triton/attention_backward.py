@@ -53,8 +53,8 @@ QUERY_CONFIGS = (
     Config(blocks={"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
 )
 KEY_CONFIGS = (
-    Config(blocks={"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=2),
     Config(blocks={"BLOCK_M": 32, "BLOCK_N": 128}, num_warps=8, num_stages=2),
+    Config(blocks={"BLOCK_M": 64, "BLOCK_N": 128}, num_warps=8, num_stages=2),
     Config(blocks={"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2),
     Config(blocks={"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=8, num_stages=2),
     Config(blocks={"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1),
