@@ -10,6 +10,10 @@ import torch
 
 torch.set_num_threads(1)
 
+if not torch.cuda.is_available():  # let Triton interpret the kernels, which it decides when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton  # noqa: F401
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):

@@ -51,7 +51,10 @@ def uninterrupted(corpus, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("index", "saved", "resumed"), [(i, *pair) for i, pair in enumerate(PAIRS)])
+@pytest.mark.parametrize(
+    ("index", "saved", "resumed"),
+    [pytest.param(i, *pair, marks=[pytest.mark.slow] if i >= 3 else []) for i, pair in enumerate(PAIRS)],
+)
 def test_saved_at_one_layout_resumed_at_another(corpus, tmp_path, uninterrupted, index, saved, resumed):
     options = OPTIONS[index % 2]
     for num_steps, (processes, layout) in ((2, saved), (4, resumed)):

@@ -30,6 +30,7 @@ def test_a_users_own_config_folder(tmp_path, corpus):
     assert "name: mine" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_each_run_its_folder(tmp_path, corpus):
     overrides = small(corpus, "ignored", "train.num_steps=2")
     overrides = [o for o in overrides if not o.startswith("run.folder")]
@@ -118,6 +119,7 @@ def test_generate_and_report(tmp_path, corpus):
     assert nothing.returncode == 1 and "no complete checkpoint" in nothing.stderr and "Traceback" not in nothing.stderr
 
 
+@pytest.mark.slow
 def test_from_a_wheel(tmp_path, corpus):
     """A wheel in an environment that sees the dependencies, but not this checkout."""
     wheel = subprocess.run(

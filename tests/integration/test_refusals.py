@@ -132,7 +132,9 @@ def test_all_lines_are_tried(lines):
     assert sorted(lines) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("name", ["unknown key", "world size", "no checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["unknown key", *(pytest.param(name, marks=pytest.mark.slow) for name in ("world size", "no checkpoint"))]
+)
 def test_refused_once_under_torchrun(lines, name):
     overrides, words = lines[name]
     done = command(*overrides, processes=2)

@@ -181,7 +181,11 @@ def alone(corpus, tmp_path_factory):
     return curve(folder)
 
 
-@pytest.mark.parametrize(("processes", "layout"), [(2, []), (4, []), (4, ["parallel.replicate=2"])], ids=str)
+@pytest.mark.parametrize(
+    ("processes", "layout"),
+    [*(pytest.param(n, [], marks=pytest.mark.slow) for n in (2, 4)), (4, ["parallel.replicate=2"])],
+    ids=str,
+)
 def test_same_run_on_every_layout(corpus, tmp_path, alone, processes, layout):
     fork(processes, train, small(corpus, tmp_path, *STEPS, *layout))
     assert alone[-1][0] < alone[0][0] - 0.5, "it learns"

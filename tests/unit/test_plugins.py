@@ -190,7 +190,9 @@ def test_a_kind_is_one_family(own):
         register("new", dict, family)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("searchpath", ["--config-dir={own}", "hydra.searchpath=[file://{own}]"])
+@pytest.mark.parametrize(
+    "searchpath", ["--config-dir={own}", pytest.param("hydra.searchpath=[file://{own}]", marks=pytest.mark.slow)]
+)
 def test_it_trains_as_a_user_starts_it(own, corpus, tmp_path, searchpath):
     done = command(searchpath.format(own=own), *run_overrides(own, corpus, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
