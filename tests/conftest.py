@@ -4,15 +4,13 @@ import random
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one intra-op thread per process, and none before a fork
 os.environ.setdefault("WANDB_SILENT", "true")
+if not os.path.exists("/dev/nvidiactl"):  # no GPU: Triton interprets kernels, if it is told before its import
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
-
-if not torch.cuda.is_available():  # let Triton interpret the kernels, which it decides when it is imported
-    os.environ["TRITON_INTERPRET"] = "1"
-    import triton  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)
