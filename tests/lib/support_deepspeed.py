@@ -91,7 +91,9 @@ def save_filled(folder, stage, shapes, fill):
             if stage < 3:
                 parameter.set_full_hp_param(value, key)
                 continue
-            part = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, optim_state_key=key)[0]
+            part = parameter._z3_optimizer._get_fp32_opt_state_partition(
+                parameter, release_swap_buffers=False, optim_state_key=key
+            )[0]
             own = value.flatten()[dist.get_rank() * part.numel() :][: part.numel()]
             part[: own.numel()].copy_(own)
     engine.save_checkpoint(str(folder), tag="step1")
