@@ -71,6 +71,7 @@ def test_same_gradient_of_every_parameter(corpus, tmp_path, layout):
             assert difference <= 1e-5 * torch.from_numpy(plain[name]).norm(), name
 
 
+@pytest.mark.slow
 def test_bf16_runs_sharded_and_alone_alike(corpus, tmp_path):
     for processes in (1, 2):
         fork(processes, train, small(corpus, tmp_path / str(processes), "train.num_steps=5", "train.precision=bf16"))
@@ -98,7 +99,12 @@ def poisoned(overrides):
 
 
 @pytest.mark.parametrize(
-    ("processes", "layout"), [(1, []), (2, []), (2, ["parallel.tensor=2"]), (2, ["parallel.pipeline=2"])], ids=str
+    ("processes", "layout"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, []), (2, []), (2, ["parallel.tensor=2"]))),
+        (2, ["parallel.pipeline=2"]),
+    ],
+    ids=str,
 )
 def test_a_step_that_is_not_finite_is_skipped_by_all_and_counted(corpus, tmp_path, processes, layout):
     for unchanged in fork(processes, poisoned, small(corpus, tmp_path, "train.num_steps=6", *layout)):

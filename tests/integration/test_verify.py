@@ -270,6 +270,7 @@ def own_model(tmp_path):
     return [f"hydra.searchpath=[file://{tmp_path}]", f"plugins=[{tmp_path}/mine.py]", "model=mine", *SMALL]
 
 
+@pytest.mark.slow
 def test_a_users_own_model(own_model):
     done = run(*own_model, "parallel.tensor=2", "parallel.pipeline=2", "parallel.pipeline_schedule=zb_h1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -28,7 +28,8 @@ def test_one_of_each_kernel_compiles():
     assert done.stdout.count("Compiled(") == 2
 
 
-def test_what_the_table_does_not_have_is_a_fault(tmp_path):
+@pytest.mark.slow
+def test_a_pattern_that_no_kernel_has_is_refused():
     done = compile_kernels("--capability", "90", "--only", "no such kernel")
     assert done.returncode == 2 and "matches no kernel" in done.stderr
 

@@ -9,7 +9,11 @@ from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton import gated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+    *([torch.bfloat16] if DEVICE == "cuda" else []),
+]
 OURS = {
     "silu": gated.swiglu,
     "gelu": gated.geglu,

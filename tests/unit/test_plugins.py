@@ -113,6 +113,7 @@ def test_it_is_decoded_as_its_own_class_and_round_trips(own):
     assert isinstance(load_config().model, LlamaConfig)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_names_the_plugins_that_it_needs(own):
     """A process that only has the saved config decodes it."""
     code = "import json, sys; from shardwright.conf.load import from_dict; print(from_dict(json.load(sys.stdin)).model)"
