@@ -18,7 +18,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.operator import operator
+from shardwright.kernels.triton.operator import empty_dense, operator
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -109,7 +109,7 @@ def _flatten(*tensors: torch.Tensor) -> tuple[int, int, tuple[torch.Tensor, ...]
 def launch_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, config: Config | None = None) -> torch.Tensor:
     """Return activation(gate) * up; see `ACTIVATIONS`."""
     rows, columns, inputs, strides = _flatten(gate, up)
-    out = _empty_like(gate)
+    out = empty_dense(gate)
     config = config or _choose("gated_forward", gate.device)
     grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
     gated_forward[grid](*inputs, out, columns, *strides, ACTIVATION=activation, **config.arguments)
@@ -121,15 +121,11 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of gate and up."""
     rows, columns, inputs, strides = _flatten(grad, gate, up)
-    grad_gate, grad_up = _empty_like(gate), _empty_like(up)
+    grad_gate, grad_up = empty_dense(gate), empty_dense(up)
     config = config or _choose("gated_backward", gate.device)
     grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
     gated_backward[grid](*inputs, grad_gate, grad_up, columns, *strides, ACTIVATION=activation, **config.arguments)
     return grad_gate, grad_up
-
-
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -144,12 +140,12 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 _gradients = operator(
     "gated_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
     launch_backward,
-    lambda grad, gate, up, activation: (_empty_like(gate), _empty_like(up)),
+    lambda grad, gate, up, activation: (empty_dense(gate), empty_dense(up)),
 )
 gated = operator(
     "gated(Tensor gate, Tensor up, str activation) -> Tensor",
     launch_forward,
-    lambda gate, up, activation: _empty_like(gate),
+    lambda gate, up, activation: empty_dense(gate),
     backward=_backward,
     setup_context=_setup_context,
 )

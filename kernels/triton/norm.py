@@ -22,7 +22,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.operator import operator
+from shardwright.kernels.triton.operator import empty_dense, operator
 
 MAX_COLUMNS = 16384  # a longer row does not fit in registers
 
@@ -267,17 +267,13 @@ def _empty_statistics(x: torch.Tensor, centered: bool) -> torch.Tensor:
     return torch.empty((1 + centered, x.numel() // x.shape[-1]), dtype=torch.float32, device=x.device)
 
 
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _norm(x, weight, bias, eps, centered):
     y, _, statistics = launch_forward(x, None, weight, bias, eps, centered)
     return y, statistics
 
 
 def _norm_fake(x, weight, bias, eps, centered):
-    return _empty_like(x), _empty_statistics(x, centered)
+    return empty_dense(x), _empty_statistics(x, centered)
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -292,7 +288,7 @@ def _norm_backward(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor 
 
 
 def _residual_norm_fake(x, residual, weight, bias, eps, centered):
-    return _empty_like(x), _empty_like(x), _empty_statistics(x, centered)
+    return empty_dense(x), empty_dense(x), _empty_statistics(x, centered)
 
 
 def _residual_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -309,7 +305,7 @@ def _residual_norm_backward(ctx: Any, grad: torch.Tensor | None, grad_total: tor
 
 
 def _gradients_fake(grad, grad_total, x, weight, statistics, biased):
-    return _empty_like(x), weight.new_empty((1 + biased, x.shape[-1]))
+    return empty_dense(x), weight.new_empty((1 + biased, x.shape[-1]))
 
 
 _gradients = operator(

@@ -35,3 +35,8 @@ def operator(
     if backward is not None:
         torch.library.register_autograd(f"shardwright::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return getattr(torch.ops.shardwright, name)
+
+
+def empty_dense(x: torch.Tensor) -> torch.Tensor:
+    """Return an empty tensor like `x` that is contiguous, as outputs of kernels are, whatever the strides of `x`."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.operator import operator
+from shardwright.kernels.triton.operator import empty_dense, operator
 
 # PAIRS: elements of the first half of the heads that a program turns.
 CONFIGS = tuple(
@@ -156,8 +156,8 @@ def launch(
     """Return q and k turned by the angle, or by its negative; without k, the second is the first again."""
     _check(q_BTHD, k_BTKD, cos_BTD, sin_BTD)
     batch, tokens, q_heads, head_dim = q_BTHD.shape
-    q, q_out = _heads_dense(q_BTHD), _empty_like(q_BTHD)
-    k, k_out = (q, q_out) if k_BTKD is None else (_heads_dense(k_BTKD), _empty_like(k_BTKD))
+    q, q_out = _heads_dense(q_BTHD), empty_dense(q_BTHD)
+    k, k_out = (q, q_out) if k_BTKD is None else (_heads_dense(k_BTKD), empty_dense(k_BTKD))
     k_heads = k.shape[2]
     constants = (
         _constants(config, head_dim, q_heads, k_heads, inverse)
@@ -199,10 +199,6 @@ def _heads_dense(x_BTHD: torch.Tensor) -> torch.Tensor:
     return x_BTHD if x_BTHD.stride(3) == 1 else x_BTHD.contiguous()
 
 
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *_, cos, sin, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
@@ -219,14 +215,14 @@ def _pair_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tupl
 rotate = operator(
     "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     lambda x, cos, sin, inverse: launch(x, None, cos, sin, inverse)[0],
-    lambda x, cos, sin, inverse: _empty_like(x),
+    lambda x, cos, sin, inverse: empty_dense(x),
     backward=_rope_backward,
     setup_context=_setup_context,
 )
 rotate_pair = operator(
     "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     launch,
-    lambda q, k, cos, sin, inverse: (_empty_like(q), _empty_like(k)),
+    lambda q, k, cos, sin, inverse: (empty_dense(q), empty_dense(k)),
     backward=_pair_backward,
     setup_context=_setup_context,
 )
