@@ -48,6 +48,7 @@ def main() -> None:
 def measure(run: Run, num_steps: int, num_rounds: int) -> dict[str, Any]:
     """Train, and return every round's seconds."""
     saves, saved = Saves(run.config.checkpoint, run.parts, run.memory, run.world.rank), []
+    saves.prepare()
     train_round(run, saves, WARMUP_STEPS)
     rounds: dict[str, list[float]] = {"without": [], "with": []}
     for _ in range(num_rounds):
