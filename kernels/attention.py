@@ -128,6 +128,6 @@ OP = Op(
     candidates=(
         Candidate(name="varlen", function=varlen, unsupported=_varlen_unsupported),
         Candidate(name="sdpa", function=sdpa, unsupported=lambda situation: None),
-        Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),
+        Candidate(name="triton", function=triton, unsupported=_triton_unsupported),
     ),
 )

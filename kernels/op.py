@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from shardwright.kernels.measured import measured
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,11 +21,19 @@ class KernelError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What a candidate may depend on: device type, compute dtype, and the sizes that the op's file names."""
+    """What a candidate may depend on.
+
+    Attributes:
+        device: its type.
+        dtype: of the activations.
+        sizes: those that the op's file names.
+        gpu: what the GPU calls itself.
+    """
 
     device: str
     dtype: torch.dtype
     sizes: Mapping[str, int | None] = field(default_factory=dict)
+    gpu: str | None = None
 
 
 def lacks_triton(situation: Situation) -> str | None:
@@ -44,18 +54,16 @@ class Candidate:
         name: in the config.
         function: called as the reference is.
         unsupported: returns why it cannot run in a situation, or None.
-        by_name_only: `auto` passes it over, as nobody has measured that it is faster.
     """
 
     name: str
     function: Callable[..., Any]
     unsupported: Callable[[Situation], str | None]
-    by_name_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """An operation of the model: its reference runs everywhere, its candidates are listed fastest first."""
+    """An operation of the model: a reference that runs everywhere, and candidates, the likely fastest first."""
 
     name: str
     reference: Callable[..., Any]
@@ -65,7 +73,7 @@ class Op:
         """Return the implementation to use for a whole run, and log what was chosen and what was refused.
 
         Args:
-            wanted: `auto` for the fastest that runs, or a name.
+            wanted: a name, or `auto` for the fastest that runs: as was measured on this kind of GPU, else the first.
             situation: where and on what it will run.
 
         Raises:
@@ -73,9 +81,11 @@ class Op:
         """
         refusals = {c.name: c.unsupported(situation) for c in self.candidates}
         functions = {c.name: c.function for c in self.candidates} | {"reference": self.reference}
+        fastest = measured(situation.gpu)["order"].get(self.name, [])
         if wanted == "auto":
-            measured = (c.name for c in self.candidates if refusals[c.name] is None and not c.by_name_only)
-            name = next(measured, "reference")
+            order = (name for name in (*fastest, *functions) if name in functions)
+            name = next(name for name in order if refusals.get(name) is None)
+            why = "the fastest measured on this kind of GPU" if name in fastest else "the first that runs"
         elif wanted not in functions:
             raise KernelError(
                 f"kernels.{self.name}={wanted} is no implementation of it; use auto, {', '.join(functions)}"
@@ -83,7 +93,7 @@ class Op:
         elif refusals.get(wanted):
             raise KernelError(f"kernels.{self.name}={wanted} cannot run here: {refusals[wanted]}; use auto")
         else:
-            name = wanted
-        refused = "; ".join(f"{other}: {why}" for other, why in refusals.items() if why and other != name)
-        logger.info("kernel %s: %s%s", self.name, name, f" (refused {refused})" if refused else "")
+            name, why = wanted, "by name"
+        refused = "; ".join(f"{other}: {reason}" for other, reason in refusals.items() if reason and other != name)
+        logger.info("kernel %s: %s, %s%s", self.name, name, why, f" (refused {refused})" if refused else "")
         return functions[name]

@@ -35,9 +35,9 @@ OP = Op(
     name="rms_norm",
     reference=reference,
     candidates=(
+        Candidate(name="triton", function=triton, unsupported=_triton_unsupported),
         Candidate(
             name="torch", function=native, unsupported=lambda s: None if s.device == "cuda" else "fused on CUDA only"
         ),
-        Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),
     ),
 )

@@ -35,5 +35,5 @@ def _triton_unsupported(situation: Situation) -> str | None:
 OP = Op(
     name="rope",
     reference=reference,
-    candidates=(Candidate(name="triton", function=triton, unsupported=_triton_unsupported, by_name_only=True),),
+    candidates=(Candidate(name="triton", function=triton, unsupported=_triton_unsupported),),
 )

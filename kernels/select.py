@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from shardwright.kernels import attention, linear_cross_entropy, rms_norm, rope, swiglu
+from shardwright.kernels.measured import gpu_name
 from shardwright.kernels.op import Situation
 
 _OPS = {module.OP.name: module.OP for module in (attention, rms_norm, rope, swiglu, linear_cross_entropy)}
@@ -43,5 +44,5 @@ def select(wanted: Any, *, device: str, dtype: torch.dtype, sizes: Mapping[str, 
     Raises:
         KernelError: a named choice is unknown or cannot run.
     """
-    situation = Situation(device=device, dtype=dtype, sizes=sizes)
+    situation = Situation(device=device, dtype=dtype, sizes=sizes, gpu=gpu_name(torch.device(device)))
     return Kernels(**{f.name: _OPS[f.name].choose(getattr(wanted, f.name), situation) for f in fields(Kernels)})

@@ -23,5 +23,5 @@ def triton(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 OP = Op(
     name="swiglu",
     reference=reference,
-    candidates=(Candidate(name="triton", function=triton, unsupported=lacks_triton, by_name_only=True),),
+    candidates=(Candidate(name="triton", function=triton, unsupported=lacks_triton),),
 )

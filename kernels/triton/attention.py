@@ -57,9 +57,7 @@ def attention(  # noqa: PLR0913
     _check_tensors(q_BTHD, k_BTKD, v_BTKD, bounds)
     _check_scores(window, causal, softcap, scale)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    out_BTHD, lse_HBT = _attention(
-        q_BTHD, k_BTKD, v_BTKD, bounds, longest, window=window, causal=causal, softcap=softcap, scale=scale
-    )
+    out_BTHD, lse_HBT = _attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale)
     return out_BTHD, lse_HBT.permute(1, 2, 0)
 
 
@@ -97,7 +95,7 @@ def _documents(bounds: torch.Tensor, longest: int, q_BTHD: torch.Tensor) -> Docu
 
 
 def _forward(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, *, window, causal, softcap, scale
+    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale
 ):
     documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
@@ -106,14 +104,14 @@ def _forward(  # noqa: PLR0913
 
 
 def _forward_fake(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, *, window, causal, softcap, scale
+    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale
 ):
     batch, tokens, heads, _ = q_BTHD.shape
     return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((heads, batch, tokens), dtype=torch.float32)
 
 
 def _backward(  # noqa: PLR0913
-    dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, out_BTHD, lse_HBT, bounds, longest, *, window, causal, softcap, scale
+    dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, out_BTHD, lse_HBT, bounds, longest, window, causal, softcap, scale
 ):
     documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
     q, k, v, out, dout = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD, out_BTHD, dout_BTHD))
@@ -123,14 +121,12 @@ def _backward(  # noqa: PLR0913
     return dq.view(q_BTHD.shape), dk.view(k_BTKD.shape), dv.view(k_BTKD.shape)
 
 
-def _backward_fake(dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, *rest, **options):
+def _backward_fake(dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, *rest):
     return tuple(x.new_empty(x.shape) for x in (q_BTHD, k_BTKD, v_BTKD))
 
 
-def _keep(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
-    *tensors, ctx.longest = inputs
-    q_BTHD, k_BTKD, v_BTKD, bounds = tensors
-    ctx.options = keyword_only_inputs
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    q_BTHD, k_BTKD, v_BTKD, bounds, *ctx.options = inputs
     ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, *output, bounds)
     ctx.set_materialize_grads(False)
 
@@ -138,11 +134,11 @@ def _keep(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Tensor | None) -> tuple[Any, ...]:
     out_BTHD = ctx.saved_tensors[3]
     dout_BTHD = torch.zeros_like(out_BTHD) if dout_BTHD is None else dout_BTHD
-    gradients = _attention_backward(dout_BTHD, dlse_HBT, *ctx.saved_tensors, ctx.longest, **ctx.options)
-    return *gradients, None, None
+    gradients = _attention_backward(dout_BTHD, dlse_HBT, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 6
 
 
-_OPTIONS = "SymInt longest, *, int? window, bool causal, float? softcap, float scale"
+_OPTIONS = "SymInt longest, int? window, bool causal, float? softcap, float scale"
 _attention_backward = operator(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor bounds, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",

@@ -15,7 +15,6 @@ Source: arXiv 2307.08691, algorithm 2.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +43,7 @@ from shardwright.kernels.triton.attention_forward import (
     width,
 )
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 
 QUERY_CONFIGS = (
     Config(blocks={"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2),
@@ -75,15 +75,17 @@ def key_need(config: Config, dim: int) -> Need:
     return Need(rows * width(dim) * ITEM_BYTES, 2 * block_n * (width(dim) + block_m) // (32 * config.num_warps))
 
 
-@cache
 def _query_config(dim: int, device: torch.device) -> Config:
-    configs = fitting(QUERY_CONFIGS, lambda config: query_need(config, dim), shared_bytes(device))
+    def configs() -> list[Config]:
+        return fitting(QUERY_CONFIGS, lambda config: query_need(config, dim), shared_bytes(device))
+
     return pick("attention_backward_queries", f"head_dim={dim}", configs, device)
 
 
-@cache
 def _key_config(dim: int, device: torch.device) -> Config:
-    configs = fitting(KEY_CONFIGS, lambda config: key_need(config, dim), shared_bytes(device))
+    def configs() -> list[Config]:
+        return fitting(KEY_CONFIGS, lambda config: key_need(config, dim), shared_bytes(device))
+
     return pick("attention_backward_keys", f"head_dim={dim}", configs, device)
 
 
@@ -113,7 +115,9 @@ def backward_queries(
     tiles = documents.tiles(config.blocks["BLOCK_M"])
     dlse = None if gradients[1] is None else gradients[1].contiguous()
     strides = (x.stride(0) for x in (q, k, v, out, dout))
-    _query_kernel[(len(tiles), heads)](
+    launch_kernel(
+        _query_kernel,
+        (len(tiles), heads),
         *(q, k, v, out, dout, outputs[1], dlse, delta, dq, tiles, *strides, tokens, heads // k.shape[1]),
         **scores.arguments(dim),
         scale=scores.scale,
@@ -138,7 +142,9 @@ def backward_keys(
     dk, dv = (torch.empty((tokens, kv_heads, dim), dtype=k.dtype, device=k.device) for _ in range(2))
     tiles = documents.tiles(config.blocks["BLOCK_N"])
     strides = (x.stride(0) for x in (q, k, v, dout))
-    _key_kernel[(len(tiles), kv_heads)](
+    launch_kernel(
+        _key_kernel,
+        (len(tiles), kv_heads),
         *(q, k, v, dout, lse_HP, delta_HP, dk, dv, tiles, *strides, tokens, q.shape[1] // kv_heads),
         **scores.arguments(dim),
         scale=scores.scale,

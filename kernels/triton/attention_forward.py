@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -62,7 +63,7 @@ class Documents:
         documents = self.bounds.numel() - 1
         tiles = min(self.tokens // block + documents, documents * triton.cdiv(self.longest, block))
         table = torch.empty((tiles, 3), dtype=torch.int32, device=self.bounds.device)
-        _tiles_kernel[(documents + 1,)](self.bounds, table, documents, tiles, BLOCK=block, CHUNK=128)
+        launch_kernel(_tiles_kernel, (documents + 1,), self.bounds, table, documents, tiles, BLOCK=block, CHUNK=128)
         return table
 
 
@@ -147,9 +148,10 @@ def need(config: Config, dim: int) -> Need:
     return Need(rows * width(dim) * ITEM_BYTES, block_m * (width(dim) + block_n) // (32 * config.num_warps))
 
 
-@cache
 def _config(dim: int, device: torch.device) -> Config:
-    configs = fitting(CONFIGS, lambda config: need(config, dim), shared_bytes(device))
+    def configs() -> list[Config]:
+        return fitting(CONFIGS, lambda config: need(config, dim), shared_bytes(device))
+
     return pick("attention_forward", f"head_dim={dim}", configs, device)
 
 
@@ -169,7 +171,9 @@ def forward(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     tiles = documents.tiles(config.blocks["BLOCK_M"])
     strides = (x.stride(0) for x in (q, k, v))
-    _forward_kernel[(len(tiles), heads)](
+    launch_kernel(
+        _forward_kernel,
+        (len(tiles), heads),
         *(q, k, v, out, lse, tiles, *strides, tokens, heads // k.shape[1]),
         **scores.arguments(dim),
         **config.arguments,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.resources import files
-from typing import Any
+from functools import cached_property
 
 import torch
 
+from shardwright.kernels.measured import gpu_name, measured
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Config:
     """A way to launch a kernel.
 
@@ -26,37 +26,46 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, int]:
         """Keyword arguments of the launch."""
         return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def pick(kernel: str, key: str, configs: Sequence[Config], device: torch.device) -> Config:
+@dataclass
+class Choice:
+    """What one kernel is launched with in one situation, and what it could be."""
+
+    kernel: str
+    key: str
+    configs: Sequence[Config]
+    config: Config
+
+
+_choices: dict[tuple[str, str, torch.device], Choice] = {}
+
+
+def pick(kernel: str, key: str, configs: Callable[[], Sequence[Config]], device: torch.device) -> Config:
     """Return the configuration to launch a kernel with.
 
     Args:
         kernel: its name.
         key: the situation that was measured, such as `head_dim=128`.
-        configs: all that may be picked, the best guess first.
+        configs: returns all that may be picked, the best guess first.
         device: where it runs.
     """
-    fastest = _table(_gpu_name(device)).get(kernel, {}).get(key)
-    return next((config for config in configs if config.arguments == fastest), configs[0])
+    choice = _choices.get((kernel, key, device))
+    if choice is None:
+        offered = configs()
+        fastest = measured(gpu_name(device))["configs"].get(kernel, {}).get(key)
+        config = next((config for config in offered if config.arguments == fastest), offered[0])
+        choice = _choices[kernel, key, device] = Choice(kernel, key, offered, config)
+    return choice.config
 
 
-def table_name(gpu: str) -> str:
-    """Return the file name of the table of a kind of GPU, such as `nvidia_h100_80gb_hbm3.json`."""
-    return "".join(c if c.isalnum() else "_" for c in gpu.lower()) + ".json"
-
-
-@cache
-def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-
-
-@cache
-def _table(gpu: str) -> dict[str, Any]:
-    """Return kernel -> key -> arguments of the fastest configuration; empty for a GPU that nobody has measured."""
-    path = files("shardwright.kernels.triton") / "tables" / table_name(gpu)
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+@contextmanager
+def new_choices() -> Iterator[list[Choice]]:
+    """Give the choices that are made for the first time inside; to change their `config` is to launch another."""
+    before, found = set(_choices), []
+    yield found
+    found += [choice for key, choice in _choices.items() if key not in before]

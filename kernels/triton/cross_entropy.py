@@ -18,6 +18,7 @@ import triton.language as tl
 
 from shardwright.kernels.linear_cross_entropy import IGNORED
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 from shardwright.kernels.triton.operator import operator
 
 CONFIGS = tuple(
@@ -134,8 +135,10 @@ def launch_gradient(
 ) -> None:
     """Write the gradient of the logits to `out_Nv`, which may be `logits_Nv`."""
     rows, columns = logits_Nv.shape
-    config = config or pick("cross_entropy_gradient", f"columns={columns}", GRADIENT_CONFIGS, logits_Nv.device)
-    gradient_blocks[(rows, triton.cdiv(columns, config.blocks["BLOCK"]))](
+    config = config or pick("cross_entropy_gradient", f"columns={columns}", lambda: GRADIENT_CONFIGS, logits_Nv.device)
+    launch_kernel(
+        gradient_blocks,
+        (rows, triton.cdiv(columns, config.blocks["BLOCK"])),
         logits_Nv,
         labels_N.contiguous(),
         lse_N.contiguous(),
@@ -151,9 +154,18 @@ def launch_gradient(
 
 def _launch_rows(logits, labels, outs, first, gradient, config):
     columns = logits.shape[1]
-    config = config or pick("cross_entropy", f"columns={columns}", CONFIGS, logits.device)
-    loss_rows[(logits.shape[0],)](
-        logits, labels.contiguous(), *outs, logits.stride(0), columns, first, GRADIENT=gradient, **config.arguments
+    config = config or pick("cross_entropy", f"columns={columns}", lambda: CONFIGS, logits.device)
+    launch_kernel(
+        loss_rows,
+        (logits.shape[0],),
+        logits,
+        labels.contiguous(),
+        *outs,
+        logits.stride(0),
+        columns,
+        first,
+        GRADIENT=gradient,
+        **config.arguments,
     )
 
 

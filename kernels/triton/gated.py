@@ -9,7 +9,6 @@ Backward computes the activation again, so that nothing is kept but the two inpu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -85,9 +85,8 @@ def gated_backward(  # noqa: PLR0913
     tl.store(grad_up + row * columns + column, (dy * value).to(grad_up.dtype.element_ty), inside)
 
 
-@cache
 def _choose(kernel: str, device: torch.device) -> Config:
-    return pick(kernel, "", CONFIGS, device)
+    return pick(kernel, "any", lambda: CONFIGS, device)
 
 
 def _flatten(*tensors: torch.Tensor) -> tuple[int, int, tuple[torch.Tensor, ...], tuple[int, ...]]:
@@ -112,7 +111,7 @@ def launch_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, config
     out = empty_dense(gate)
     config = config or _choose("gated_forward", gate.device)
     grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
-    gated_forward[grid](*inputs, out, columns, *strides, ACTIVATION=activation, **config.arguments)
+    launch_kernel(gated_forward, grid, *inputs, out, columns, *strides, ACTIVATION=activation, **config.arguments)
     return out
 
 
@@ -124,7 +123,9 @@ def launch_backward(
     grad_gate, grad_up = empty_dense(gate), empty_dense(up)
     config = config or _choose("gated_backward", gate.device)
     grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
-    gated_backward[grid](*inputs, grad_gate, grad_up, columns, *strides, ACTIVATION=activation, **config.arguments)
+    launch_kernel(
+        gated_backward, grid, *inputs, grad_gate, grad_up, columns, *strides, ACTIVATION=activation, **config.arguments
+    )
     return grad_gate, grad_up
 
 

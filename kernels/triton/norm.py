@@ -22,6 +22,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 MAX_COLUMNS = 16384  # a longer row does not fit in registers
@@ -161,10 +162,9 @@ def fitting(configs: tuple[Config, ...], columns: int) -> tuple[Config, ...]:
     return tuple(c for c in ranked if distance(c) <= 1) or tuple(ranked[:1])
 
 
-@cache
 def _choose(kernel: str, columns: int, device: torch.device) -> Config:
-    configs = fitting(CONFIGS if kernel == "norm_forward" else BACKWARD_CONFIGS, columns)
-    return pick(kernel, f"columns={triton.next_power_of_2(columns)}", configs, device)
+    configs = CONFIGS if kernel == "norm_forward" else BACKWARD_CONFIGS
+    return pick(kernel, f"columns={triton.next_power_of_2(columns)}", lambda: fitting(configs, columns), device)
 
 
 @cache
@@ -194,7 +194,9 @@ def launch_forward(
         residual, total = _dense(_alike(residual, x)), torch.empty_like(x)
     statistics = _empty_statistics(x, centered)
     grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
-    norm_forward[grid](
+    launch_kernel(
+        norm_forward,
+        grid,
         x,
         residual,
         weight,
@@ -231,7 +233,9 @@ def launch_backward(
     grad_x = torch.empty_like(x)
     partials = torch.empty((1 + biased, programs, columns), dtype=torch.float32, device=x.device)
     grad_parameters = weight.new_empty((1 + biased, columns))
-    norm_backward[(programs,)](
+    launch_kernel(
+        norm_backward,
+        (programs,),
         grad,
         grad_total,
         x,
@@ -247,7 +251,7 @@ def launch_backward(
         **config.arguments,
     )
     grid = (triton.cdiv(columns, _SUM_BLOCKS["COLUMNS"]), 1 + biased)
-    sum_programs[grid](partials, grad_parameters, programs, columns, **_SUM_BLOCKS)
+    launch_kernel(sum_programs, grid, partials, grad_parameters, programs, columns, **_SUM_BLOCKS)
     return grad_x, grad_parameters
 
 

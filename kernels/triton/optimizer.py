@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 from shardwright.kernels.triton.operator import operator
 
 CONFIGS = tuple(
@@ -102,7 +103,7 @@ class Segments:
     """
 
     def __init__(self, offsets: Sequence[int], device: torch.device, config: Config | None = None) -> None:
-        self.config = config or pick("lamb", f"log2={offsets[-1].bit_length()}", CONFIGS, device)
+        self.config = config or pick("lamb", f"log2={offsets[-1].bit_length()}", lambda: CONFIGS, device)
         sizes = torch.tensor(offsets, dtype=torch.int64).diff()
         tiles = -(-sizes // self.config.blocks["BLOCK"])
         self.offsets = torch.tensor(offsets, dtype=torch.int64, device=device)
@@ -313,10 +314,10 @@ def launch_adamw(
 ) -> None:
     """See `adamw_`."""
     length = grad.numel()
-    config = config or pick("adamw", f"log2={length.bit_length()}", CONFIGS, grad.device)
+    config = config or pick("adamw", f"log2={length.bit_length()}", lambda: CONFIGS, grad.device)
     param, exp_avg, exp_avg_sq, copy = _with_copy(shard)
     grid = (triton.cdiv(length, config.blocks["BLOCK"]),)
-    adamw[grid](param, exp_avg, exp_avg_sq, copy, grad, *scalars, *hyper, length, **config.arguments)
+    launch_kernel(adamw, grid, param, exp_avg, exp_avg_sq, copy, grad, *scalars, *hyper, length, **config.arguments)
 
 
 def launch_lamb_moments(
@@ -331,8 +332,8 @@ def launch_lamb_moments(
     tiles, count = segments[2].numel(), segments[0].numel() - 1
     partials, squares = (torch.empty((2, n), dtype=torch.float32, device=grad.device) for n in (tiles, count))
     args = (*shard[:3], grad, *segments, partials, *scalars[1:], *hyper)
-    lamb_moments[(tiles,)](*args, **_tile_arguments(tile))
-    segment_sums[(count, 2)](partials, segments[1], squares, tiles, BLOCK=_SEGMENT_BLOCK)
+    launch_kernel(lamb_moments, (tiles,), *args, **_tile_arguments(tile))
+    launch_kernel(segment_sums, (count, 2), partials, segments[1], squares, tiles, BLOCK=_SEGMENT_BLOCK)
     return squares
 
 
@@ -347,7 +348,7 @@ def launch_lamb_apply(
     """See `lamb_apply_`."""
     _, log_beta1, _, log_beta2, eps, decay = hyper
     rest = (squares.contiguous(), *scalars, log_beta1, log_beta2, eps, decay, squares.shape[1])
-    lamb_apply[(segments[2].numel(),)](*_with_copy(shard), *segments, *rest, **_tile_arguments(tile))
+    launch_kernel(lamb_apply, (segments[2].numel(),), *_with_copy(shard), *segments, *rest, **_tile_arguments(tile))
 
 
 def _tile_arguments(tile: list[int]) -> dict[str, Any]:
@@ -357,12 +358,12 @@ def _tile_arguments(tile: list[int]) -> dict[str, Any]:
 
 def launch_square_sum(tensors: list[torch.Tensor], config: Config | None = None) -> torch.Tensor:
     """See `square_sum`."""
-    config = config or pick("square_sum", "any", SUM_CONFIGS, tensors[0].device)
+    config = config or pick("square_sum", "any", lambda: SUM_CONFIGS, tensors[0].device)
     blocks = [triton.cdiv(x.numel(), config.blocks["BLOCK"]) for x in tensors]
     counts = [min(n, _MAX_PARTIALS) for n in blocks]
     partials = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
     for x, own in zip(tensors, partials.split(counts), strict=True):
-        square_partials[(own.numel(),)](x, own, x.numel(), **config.arguments)
+        launch_kernel(square_partials, (own.numel(),), x, own, x.numel(), **config.arguments)
     return partials.sum()
 
 

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 # PAIRS: elements of the first half of the heads that a program turns.
@@ -115,6 +116,7 @@ def _tile(num_heads: int, width: int, pairs: int) -> tuple[int, int]:
     return max(1, pairs // (width * heads)), heads
 
 
+@cache
 def _constants(config: Config, head_dim: int, q_heads: int, k_heads: int, inverse: bool) -> dict[str, int | bool]:
     """Return the keyword arguments of a launch."""
     width = triton.next_power_of_2(head_dim // 2)
@@ -132,13 +134,6 @@ def _constants(config: Config, head_dim: int, q_heads: int, k_heads: int, invers
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-@cache
-def _usual(head_dim: int, q_heads: int, k_heads: int, inverse: bool, device: torch.device) -> dict[str, int | bool]:
-    if head_dim % 2:
-        raise KernelError(f"rope of head size {head_dim}: halves are turned; use an even head size")
-    return _constants(pick("rope", f"head_dim={head_dim}", CONFIGS, device), head_dim, q_heads, k_heads, inverse)
 
 
 def _blocks(all_tokens: int, num_heads: int, tokens: int, heads: int) -> int:
@@ -159,14 +154,13 @@ def launch(
     q, q_out = _heads_dense(q_BTHD), empty_dense(q_BTHD)
     k, k_out = (q, q_out) if k_BTKD is None else (_heads_dense(k_BTKD), empty_dense(k_BTKD))
     k_heads = k.shape[2]
-    constants = (
-        _constants(config, head_dim, q_heads, k_heads, inverse)
-        if config
-        else _usual(head_dim, q_heads, k_heads, inverse, q.device)
-    )
+    config = config or pick("rope", f"head_dim={head_dim}", lambda: CONFIGS, q.device)
+    constants = _constants(config, head_dim, q_heads, k_heads, inverse)
     q_blocks = _blocks(batch * tokens, q_heads, constants["Q_TOKENS"], constants["Q_HEADS"])
     k_blocks = 0 if k is q else _blocks(batch * tokens, k_heads, constants["K_TOKENS"], constants["K_HEADS"])
-    turn_pair[(q_blocks + k_blocks,)](
+    launch_kernel(
+        turn_pair,
+        (q_blocks + k_blocks,),
         q,
         k,
         q_out,
@@ -191,6 +185,8 @@ def _check(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torc
             f"rope of {list(q.shape)}: cosines are {cos.dtype} {list(cos.shape)}, sines {sin.dtype} {list(sin.shape)}; "
             f"give both in float32 {list(wanted)}"
         )
+    if head_dim % 2:
+        raise KernelError(f"rope of head size {head_dim}: halves are turned; use an even head size")
     if k is not None and (k.shape[0], k.shape[1], k.shape[3]) != wanted:
         raise KernelError(f"rope of q {list(q.shape)} and k {list(k.shape)}: only the number of heads may differ")
 

@@ -10,7 +10,7 @@ from shardwright.kernels import attention as op
 from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton import attention_backward as backward
 from shardwright.kernels.triton import attention_forward as forward
-from shardwright.kernels.triton.attention import _attention, _scores, attention
+from shardwright.kernels.triton.attention import _scores, attention
 from shardwright.parallel.ring import _merge, block_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -248,9 +248,9 @@ def test_the_log_sum_exp_is_what_the_ring_merges():
 def test_the_operator_keeps_its_promises_to_torch():
     q, k, v = (x.to(DEVICE, DTYPES[0]).requires_grad_() for x in random_inputs(20, 2, 1, 16)[:3])
     bounds = bounds_of((7, 13)).to(DEVICE)
-    options = dict(window=None, causal=True, softcap=None, scale=0.25)
+    options = (None, True, None, 0.25)  # window, causal, softcap, scale
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_attention, (q, k, v, bounds, 13), options, test_utils=tests)
+    torch.library.opcheck(torch.ops.shardwright.attention, (q, k, v, bounds, 13, *options), test_utils=tests)
 
 
 def test_compiles_without_a_graph_break():

@@ -110,7 +110,7 @@ def test_no_tokens():
 
 def test_operator_and_graph():
     gate, up = (random(2, 40).requires_grad_() for _ in range(2))
-    torch.library.opcheck(gated.gated, (gate, up, "gelu"))
+    torch.library.opcheck(torch.ops.shardwright.gated, (gate, up, "gelu"))
     torch._dynamo.reset()
     compiled = torch.compile(swiglu.triton, fullgraph=True, backend="aot_eager")
     grad = random(2, 40)

@@ -180,8 +180,8 @@ def test_operators_and_graph():
     torch.manual_seed(7)
     (x, residual, weight, bias), grads = inputs((2, 3), 24, torch.float32, True, True)
     leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
-    torch.library.opcheck(norm.norm, (x, weight, None, EPS, False))
-    torch.library.opcheck(norm.residual_norm, (*leaves, EPS, True))
+    torch.library.opcheck(torch.ops.shardwright.norm, (x, weight, None, EPS, False))
+    torch.library.opcheck(torch.ops.shardwright.residual_norm, (*leaves, EPS, True))
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     both = (run(function, leaves, grads, True) for function in (compiled, ours))

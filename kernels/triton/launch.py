@@ -1,0 +1,42 @@
+"""Launch a kernel, the second time and later without Triton's own analysis of the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+_compiled: dict[tuple[Hashable, ...], Any] = {}
+
+
+def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
+    """Launch a kernel; what Triton compiled for arguments of the same kinds is taken again at once.
+
+    Args:
+        kernel: made by `triton.jit`, at the top of a module.
+        grid: numbers of programs, up to three.
+        args: tensors, integers, floats and None, by position; a kind is what Triton compiles anew for.
+        constants: the other parameters, and options such as `num_warps`: each a constexpr, or one of few values. A call
+            site always gives them in one order.
+    """
+    if isinstance(kernel, InterpretedFunction):
+        kernel[tuple(grid)](*args, **constants)
+        return
+    key = (id(kernel), torch.cuda.current_device(), *constants.values(), *map(_kind, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[tuple(grid)](*args, **constants)
+    else:
+        rest = [constants[name] for name in kernel.arg_names[len(args) :]]
+        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+
+
+def _kind(value: Any) -> Hashable:
+    """Return at least what the compiler is told of an argument: dtype and alignment, the size of an integer."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return type(value)
