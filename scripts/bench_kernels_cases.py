@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardwright.kernels import attention, linear_cross_entropy, rms_norm, rope, swiglu
-from shardwright.kernels.op import Op, Situation
+from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
 
 Implementation = Callable[..., torch.Tensor]
 COPY, PRODUCT = "copy GB/s", "product TFLOP/s"
@@ -28,7 +28,8 @@ class Case:
         label: what it is called.
         op: whose implementations are measured.
         inputs: makes the arguments on a device.
-        work: direction -> bytes that have to be read and written, or floating-point operations.
+        work: direction (`forward`, `backward`, `both`) -> bytes that have to be read and written, or floating-point
+            operations.
         unit: of the ceiling that the work is held against.
         peers: implementations of other packages by name, each loaded when it is needed.
         sizes: as `Situation` has them.
@@ -64,7 +65,9 @@ def cases(*, small: bool) -> Iterator[Case]:
     """Yield all cases; `small` ones only show that everything runs."""
     shrink = 64 if small else 1
     yield from _pointwise(shrink)
-    yield from _loss(shrink)
+    yield _adamw(2**28 // shrink)
+    yield _cross_entropy(8192 // shrink, 128256 // shrink)
+    yield _linear_cross_entropy(8192 // shrink, 4096 // shrink, 128256 // shrink)
     for head_dim in (128, 64):
         for tokens in (2048, 4096, 8192, 16384):
             yield _attention(16384 // shrink, tokens // shrink, head_dim, documents=1)
@@ -99,21 +102,74 @@ def _pointwise(shrink: int) -> Iterator[Case]:
     )
 
 
-def _loss(shrink: int) -> Iterator[Case]:
-    tokens, hidden, vocab = 8192 // shrink, 4096 // shrink, 128256 // shrink
+def _adamw(count: int) -> Case:
+    """One flat float32 shard; torch's fused step beside it."""
 
+    def inputs(device: torch.device) -> list[Any]:
+        return [torch.rand(count, device=device) for _ in range(4)]
+
+    def reference(param, exp_avg, exp_avg_sq, grad):
+        now = torch.ones((), device=param.device)
+        options: dict[str, Any] = dict(amsgrad=False, maximize=False, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
+        torch._fused_adamw_([param], [grad], [exp_avg], [exp_avg_sq], [], [now], **options)
+        return param
+
+    def fused(param, exp_avg, exp_avg_sq, grad):
+        from shardwright.kernels.triton.optimizer import Hyper, Scalars, Shard, adamw_
+
+        now = torch.ones((), device=param.device)
+        scalars = Scalars(lr=now, step=now, multiplier=now, skip=torch.zeros_like(now, dtype=torch.bool))
+        shard = Shard(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        adamw_(shard, grad, scalars, Hyper(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1))
+        return param
+
+    return Case(
+        label=f"adamw {count}",
+        op=Op(
+            name="adamw",
+            reference=reference,
+            candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton),),
+        ),
+        inputs=inputs,
+        work={"forward": 28 * count},
+        dtype=torch.float32,
+    )
+
+
+def _cross_entropy(tokens: int, vocab: int) -> Case:
+    def inputs(device: torch.device) -> list[Any]:
+        return [_leaf(device, tokens, vocab), torch.randint(vocab, (tokens,), device=device)]
+
+    def fused(logits_NV, labels_N):
+        from shardwright.kernels.triton.cross_entropy import cross_entropy
+
+        return cross_entropy(logits_NV, labels_N)[0].sum()
+
+    return Case(
+        label=f"cross_entropy {tokens} x {vocab}",
+        op=Op(
+            name="cross_entropy",
+            reference=lambda logits_NV, labels_N: F.cross_entropy(logits_NV, labels_N, reduction="sum"),
+            candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton),),
+        ),
+        inputs=inputs,
+        work={"forward": 2 * tokens * vocab, "both": 6 * tokens * vocab},
+        peers={"liger": _liger_cross_entropy},
+    )
+
+
+def _linear_cross_entropy(tokens: int, hidden: int, vocab: int) -> Case:
     def inputs(device: torch.device) -> list[Any]:
         labels = torch.randint(vocab, (1, tokens), device=device)
         return [_leaf(device, 1, tokens, hidden), _leaf(device, vocab, hidden), labels]
 
-    product = 2 * tokens * hidden * vocab
-    yield Case(
+    return Case(
         label=f"linear_cross_entropy {tokens} x {hidden} x {vocab}",
         op=linear_cross_entropy.OP,
         inputs=inputs,
-        work={"forward": product, "backward": 2 * product},
+        work={"both": 6 * tokens * hidden * vocab},
         unit=PRODUCT,
-        peers={"liger": _liger_linear_cross_entropy},
+        peers={"products alone": lambda: _products, "liger": _liger_linear_cross_entropy},
     )
 
 
@@ -182,6 +238,34 @@ def _liger_rms_norm() -> Implementation:
 
 def _liger_swiglu() -> Implementation:
     return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
+
+
+class _Products(torch.autograd.Function):
+    """The products of a linear layer, and nothing else: the floor of what is fused with them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_BTC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden_BTC, weight_VC)
+        return hidden_BTC @ weight_VC.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
+        hidden_BTC, weight_VC = ctx.saved_tensors
+        return grad @ weight_VC, grad.flatten(0, 1).T @ hidden_BTC.flatten(0, 1)
+
+
+def _products(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    return _Products.apply(hidden_BTC, weight_VC)  # pyright: ignore[reportReturnType]
+
+
+def _liger_cross_entropy() -> Implementation:
+    module: Any = importlib.import_module("liger_kernel.ops.cross_entropy")
+    function = module.LigerCrossEntropyFunction
+
+    def loss(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        return function.apply(logits_NV, labels_N, None, -100, 0.0, 0.0, "sum")[0]
+
+    return loss
 
 
 def _liger_linear_cross_entropy() -> Implementation:

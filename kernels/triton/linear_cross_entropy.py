@@ -17,6 +17,7 @@ from shardwright.kernels.triton.cross_entropy import launch_losses
 from shardwright.kernels.triton.operator import operator
 
 LOGITS_BYTES = 512 * 2**20  # that the logits of a chunk may take
+_ROUNDED_CHUNKS = 4  # after which the weight's gradient may be rounded
 _TILE = 128  # tokens that a chunk is made of where it has more: a product is fastest on whole tiles
 
 
@@ -132,7 +133,7 @@ def linear_cross_entropy(
     labels_BT: torch.Tensor,
     *,
     logits_bytes: int = LOGITS_BYTES,
-    weight_dtype: torch.dtype = torch.float32,
+    weight_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the summed negative log-likelihood (nats) of the labels as a float64 scalar.
 
@@ -145,9 +146,13 @@ def linear_cross_entropy(
         logits_bytes: that the logits of a chunk of tokens may take.
         weight_dtype: in which the weight's gradient is added up over chunks. float32 rounds nothing until the end, and
             keeps 4 bytes per element from forward to backward; the dtype of the weight keeps only the gradient itself,
-            and rounds once per chunk.
+            and rounds once per chunk. None: the latter for up to 4 chunks, whose roundings are lost in those of the
+            products.
     """
     on = torch.is_grad_enabled()
     needs = [on and hidden_BTC.requires_grad, on and weight_VC.requires_grad]
     hidden_NC = hidden_BTC.flatten(0, 1)
+    if weight_dtype is None:
+        chunk = chunk_tokens(len(hidden_NC), weight_VC.shape[0] * weight_VC.element_size(), logits_bytes)
+        weight_dtype = weight_VC.dtype if len(hidden_NC) <= _ROUNDED_CHUNKS * chunk else torch.float32
     return _operator(hidden_NC, weight_VC, labels_BT.flatten(), needs, logits_bytes, weight_dtype)[0]
