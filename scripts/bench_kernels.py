@@ -50,13 +50,14 @@ def measure(case: Case, stopwatch: Stopwatch, tables: Tables | None) -> Iterator
         try:
             if refusal is not None:
                 raise RuntimeError(refusal)
-            found = passes(function, inputs)
+            with new_choices() as choices:
+                found = passes(function, inputs)
             for direction in case.work:
-                with new_choices() as choices:
+                with new_choices() as more:
                     found[direction]()
                 if tables is not None:
-                    tables.tune(choices, found[direction], stopwatch)
-                functions[direction][name] = found[direction]
+                    tables.tune([*choices, *more], found[direction], stopwatch)
+                functions[direction][name], choices = found[direction], []
         except Exception as error:  # one that cannot run is a row of the table, not a failure
             yield {"case": case.label, "name": name, "refused": str(error).splitlines()[0][:120]}
     for direction, by_name in functions.items():

@@ -110,7 +110,9 @@ def _adamw(count: int) -> Case:
 
     def reference(param, exp_avg, exp_avg_sq, grad):
         now = torch.ones((), device=param.device)
-        options: dict[str, Any] = dict(amsgrad=False, maximize=False, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8)
+        options: dict[str, Any] = dict(
+            amsgrad=False, maximize=False, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8
+        )
         torch._fused_adamw_([param], [grad], [exp_avg], [exp_avg_sq], [], [now], **options)
         return param
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel, next_power_of_2
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -61,7 +61,7 @@ class Documents:
         M is what the host knows to be enough; what is left over lies after the last token.
         """
         documents = self.bounds.numel() - 1
-        tiles = min(self.tokens // block + documents, documents * triton.cdiv(self.longest, block))
+        tiles = min(self.tokens // block + documents, documents * cdiv(self.longest, block))
         table = torch.empty((tiles, 3), dtype=torch.int32, device=self.bounds.device)
         launch_kernel(_tiles_kernel, (documents + 1,), self.bounds, table, documents, tiles, BLOCK=block, CHUNK=128)
         return table
@@ -100,7 +100,7 @@ class Scores:
 
 def width(dim: int) -> int:
     """Return to how many columns a head is padded inside a kernel."""
-    return triton.next_power_of_2(dim)
+    return next_power_of_2(dim)
 
 
 def adjacent_heads(x_PHD: torch.Tensor) -> torch.Tensor:

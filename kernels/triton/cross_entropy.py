@@ -18,7 +18,7 @@ import triton.language as tl
 
 from shardwright.kernels.linear_cross_entropy import IGNORED
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import operator
 
 CONFIGS = tuple(
@@ -138,7 +138,7 @@ def launch_gradient(
     config = config or pick("cross_entropy_gradient", f"columns={columns}", lambda: GRADIENT_CONFIGS, logits_Nv.device)
     launch_kernel(
         gradient_blocks,
-        (rows, triton.cdiv(columns, config.blocks["BLOCK"])),
+        (rows, cdiv(columns, config.blocks["BLOCK"])),
         logits_Nv,
         labels_N.contiguous(),
         lse_N.contiguous(),

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -110,7 +110,7 @@ def launch_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, config
     rows, columns, inputs, strides = _flatten(gate, up)
     out = empty_dense(gate)
     config = config or _choose("gated_forward", gate.device)
-    grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
+    grid = (rows * cdiv(columns, config.blocks["BLOCK"]),)
     launch_kernel(gated_forward, grid, *inputs, out, columns, *strides, ACTIVATION=activation, **config.arguments)
     return out
 
@@ -122,7 +122,7 @@ def launch_backward(
     rows, columns, inputs, strides = _flatten(grad, gate, up)
     grad_gate, grad_up = empty_dense(gate), empty_dense(up)
     config = config or _choose("gated_backward", gate.device)
-    grid = (rows * triton.cdiv(columns, config.blocks["BLOCK"]),)
+    grid = (rows * cdiv(columns, config.blocks["BLOCK"]),)
     launch_kernel(
         gated_backward, grid, *inputs, grad_gate, grad_up, columns, *strides, ACTIVATION=activation, **config.arguments
     )

@@ -11,6 +11,16 @@ from triton.runtime.interpreter import InterpretedFunction
 _compiled: dict[tuple[Hashable, ...], Any] = {}
 
 
+def cdiv(x: int, y: int) -> int:
+    """Return x / y, rounded up; Triton's own function takes 20 microseconds of the host."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    """Return the least power of two that is not less than `x`; see `cdiv`."""
+    return 1 << (x - 1).bit_length()
+
+
 def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> None:
     """Launch a kernel; what Triton compiled for arguments of the same kinds is taken again at once.
 

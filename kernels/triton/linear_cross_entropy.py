@@ -7,16 +7,24 @@ with one multiplication.
 Shapes: N tokens, n tokens of a chunk, C hidden size, V vocabulary.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# (Triton's annotations are those of a kernel's inside; pyright takes them for those of its launch.)
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 from shardwright.kernels.triton.cross_entropy import launch_losses
+from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import operator
 
-LOGITS_BYTES = 512 * 2**20  # that the logits of a chunk may take
+LOGITS_BYTES = 768 * 2**20  # that the logits of a chunk may take
+_SCALED = 8192  # elements that a program scales
 _ROUNDED_CHUNKS = 4  # after which the weight's gradient may be rounded
 _TILE = 128  # tokens that a chunk is made of where it has more: a product is fastest on whole tiles
 
@@ -111,10 +119,23 @@ def _backward(ctx: Any, grad: torch.Tensor | None, *_: None) -> tuple[torch.Tens
 
 def _scale(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return gradient * factor in a dtype, in the gradient's own memory if it has that dtype."""
-    eager = type(gradient) is torch.Tensor  # a traced backward must not write to what forward has returned
-    out = gradient if eager and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if type(gradient) is torch.Tensor and gradient.dtype == dtype:  # a traced backward must not write to its inputs
+        blocks = cdiv(gradient.numel(), _SCALED)
+        launch_kernel(scale_in_place, (blocks,), gradient, factor.float(), gradient.numel(), BLOCK=_SCALED, num_warps=8)
+        torch.autograd.graph.increment_version(gradient)  # so that torch refuses a second backward
+        return gradient
     # A factor with dims takes part in type promotion, so that it is not rounded to a short dtype.
-    return torch.mul(gradient, factor.float().reshape((1,) * gradient.ndim), out=out)
+    return torch.mul(gradient, factor.float().reshape((1,) * gradient.ndim)).to(dtype)
+
+
+@triton.jit
+def scale_in_place(x, factor, count, BLOCK: tl.constexpr):
+    """Multiply by a factor that lies on the device; nothing is read or written if it is 1."""
+    by = tl.load(factor)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, at < count, other=0.0).to(tl.float32) * by
+        tl.store(x + at, value.to(x.dtype.element_ty), at < count)
 
 
 _operator = operator(
@@ -156,3 +177,10 @@ def linear_cross_entropy(
         chunk = chunk_tokens(len(hidden_NC), weight_VC.shape[0] * weight_VC.element_size(), logits_bytes)
         weight_dtype = weight_VC.dtype if len(hidden_NC) <= _ROUNDED_CHUNKS * chunk else torch.float32
     return _operator(hidden_NC, weight_VC, labels_BT.flatten(), needs, logits_bytes, weight_dtype)[0]
+
+
+def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield (label, kernel, arguments, keyword arguments) of everything that a GPU would compile."""
+    for dtype in (torch.bfloat16, torch.float32):
+        args = (torch.empty(16, dtype=dtype), torch.empty(()), 16)
+        yield f"scale {str(dtype)[6:]}", scale_in_place, args, {"BLOCK": _SCALED, "num_warps": 8}

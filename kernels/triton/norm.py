@@ -22,18 +22,13 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel, next_power_of_2
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 MAX_COLUMNS = 16384  # a longer row does not fit in registers
 
 _SHAPES = ((1, 4), (1, 8), (1, 16), (1, 32), (2, 4), (4, 4), (8, 4), (16, 4), (32, 4))  # rows, warps
 CONFIGS = tuple(Config(blocks={"ROWS": rows}, num_warps=warps) for rows, warps in _SHAPES)
-BACKWARD_CONFIGS = tuple(
-    Config(blocks={"ROWS": rows, "STAGES": stages}, num_warps=warps)
-    for stages, shapes in ((2, _SHAPES[:3]), (1, _SHAPES))
-    for rows, warps in shapes
-)
 
 _SUM_BLOCKS = {"ROWS": 64, "COLUMNS": 32}
 
@@ -93,9 +88,11 @@ def norm_backward(  # noqa: PLR0913
     BIASED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    """Gradient of every num_programs-th tile of ROWS rows, and this program's share of weight's and bias's."""
+    """Gradient of every num_programs-th tile of ROWS rows, and this program's share of weight's and bias's.
+
+    The next tile is under way while one is worked on.
+    """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     column = tl.arange(0, COLUMNS)[None, :]
@@ -103,12 +100,13 @@ def norm_backward(  # noqa: PLR0913
     w = tl.load(weight + column, within, other=0.0).to(tl.float32)
     grad_weight = tl.zeros([ROWS, COLUMNS], tl.float32)
     grad_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    next_dy, next_x = _load_rows(grad, x, program, rows, columns, COLUMNS, ROWS)
+    for tile in range(program, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & within
         offsets = row.to(tl.int64)[:, None] * columns + column
-        dy = tl.load(grad + offsets, inside, other=0.0).to(tl.float32)
-        z = tl.load(x + offsets, inside, other=0.0).to(tl.float32)
+        dy, z = next_dy.to(tl.float32), next_x.to(tl.float32)
+        next_dy, next_x = _load_rows(grad, x, tile + programs, rows, columns, COLUMNS, ROWS)
         inverse = tl.load(statistics + row, row < rows, other=0.0)[:, None]
         if CENTERED:
             z -= tl.load(statistics + rows + row, row < rows, other=0.0)[:, None]
@@ -128,6 +126,16 @@ def norm_backward(  # noqa: PLR0913
     tl.store(share, tl.sum(grad_weight, 0)[None, :], within)
     if BIASED:
         tl.store(share + programs * columns, tl.sum(grad_bias, 0)[None, :], within)
+
+
+@triton.jit
+def _load_rows(grad, x, tile, rows, columns, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """Return a tile of ROWS rows of both, zeros outside."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows)[:, None] & (column < columns)
+    offsets = row.to(tl.int64)[:, None] * columns + column
+    return tl.load(grad + offsets, inside, other=0.0), tl.load(x + offsets, inside, other=0.0)
 
 
 @triton.jit
@@ -153,7 +161,7 @@ def fitting(configs: tuple[Config, ...], columns: int) -> tuple[Config, ...]:
     """
     if columns > MAX_COLUMNS:
         raise KernelError(f"norm of {columns} columns: the triton kernels hold up to {MAX_COLUMNS}; use the reference")
-    block = triton.next_power_of_2(columns)
+    block = next_power_of_2(columns)
 
     def distance(config: Config) -> float:
         return abs(math.log2(block * config.blocks["ROWS"] / (32 * config.num_warps)) - 4)
@@ -163,8 +171,7 @@ def fitting(configs: tuple[Config, ...], columns: int) -> tuple[Config, ...]:
 
 
 def _choose(kernel: str, columns: int, device: torch.device) -> Config:
-    configs = CONFIGS if kernel == "norm_forward" else BACKWARD_CONFIGS
-    return pick(kernel, f"columns={triton.next_power_of_2(columns)}", lambda: fitting(configs, columns), device)
+    return pick(kernel, f"columns={next_power_of_2(columns)}", lambda: fitting(CONFIGS, columns), device)
 
 
 @cache
@@ -193,7 +200,7 @@ def launch_forward(
     if residual is not None:
         residual, total = _dense(_alike(residual, x)), torch.empty_like(x)
     statistics = _empty_statistics(x, centered)
-    grid = (triton.cdiv(rows, config.blocks["ROWS"]),)
+    grid = (cdiv(rows, config.blocks["ROWS"]),)
     launch_kernel(
         norm_forward,
         grid,
@@ -208,7 +215,7 @@ def launch_forward(
         columns,
         eps,
         CENTERED=centered,
-        COLUMNS=triton.next_power_of_2(columns),
+        COLUMNS=next_power_of_2(columns),
         **config.arguments,
     )
     return y, total, statistics
@@ -229,7 +236,7 @@ def launch_backward(
     columns = x.shape[-1]
     config = config or _choose("norm_backward", columns, x.device)
     rows = x.numel() // columns
-    programs = min(_num_programs(config.num_warps, x.device), triton.cdiv(rows, config.blocks["ROWS"]))
+    programs = min(_num_programs(config.num_warps, x.device), cdiv(rows, config.blocks["ROWS"]))
     grad_x = torch.empty_like(x)
     partials = torch.empty((1 + biased, programs, columns), dtype=torch.float32, device=x.device)
     grad_parameters = weight.new_empty((1 + biased, columns))
@@ -247,10 +254,10 @@ def launch_backward(
         columns,
         CENTERED=statistics.shape[0] == 2,
         BIASED=biased,
-        COLUMNS=triton.next_power_of_2(columns),
+        COLUMNS=next_power_of_2(columns),
         **config.arguments,
     )
-    grid = (triton.cdiv(columns, _SUM_BLOCKS["COLUMNS"]), 1 + biased)
+    grid = (cdiv(columns, _SUM_BLOCKS["COLUMNS"]), 1 + biased)
     launch_kernel(sum_programs, grid, partials, grad_parameters, programs, columns, **_SUM_BLOCKS)
     return grad_x, grad_parameters
 
@@ -376,15 +383,14 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     for columns in (128, 1024, 4096, 16384):
         for config in fitting(CONFIGS, columns):
             yield _forward_compilation(columns, config, torch.bfloat16, centered=False, residual=True)
-        for config in fitting(BACKWARD_CONFIGS, columns):
             yield _backward_compilation(columns, config, torch.bfloat16, centered=False, residual=True)
-    forward, backward = (fitting(configs, 4096)[0] for configs in (CONFIGS, BACKWARD_CONFIGS))
+    config = fitting(CONFIGS, 4096)[0]
     for dtype, centered, residual in product(
         (torch.bfloat16, torch.float16, torch.float32), (False, True), (False, True)
     ):
         if (dtype, centered, residual) != (torch.bfloat16, False, True):  # that is among those above
-            yield _forward_compilation(4096, forward, dtype, centered, residual)
-            yield _backward_compilation(4096, backward, dtype, centered, residual)
+            yield _forward_compilation(4096, config, dtype, centered, residual)
+            yield _backward_compilation(4096, config, dtype, centered, residual)
     partials = torch.empty(2, 264, 4096)
     yield "sum_programs bf16", sum_programs, (partials, partials[0, :2].bfloat16(), 264, 4096), dict(_SUM_BLOCKS)
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import operator
 
 CONFIGS = tuple(
@@ -316,7 +316,7 @@ def launch_adamw(
     length = grad.numel()
     config = config or pick("adamw", f"log2={length.bit_length()}", lambda: CONFIGS, grad.device)
     param, exp_avg, exp_avg_sq, copy = _with_copy(shard)
-    grid = (triton.cdiv(length, config.blocks["BLOCK"]),)
+    grid = (cdiv(length, config.blocks["BLOCK"]),)
     launch_kernel(adamw, grid, param, exp_avg, exp_avg_sq, copy, grad, *scalars, *hyper, length, **config.arguments)
 
 
@@ -359,7 +359,7 @@ def _tile_arguments(tile: list[int]) -> dict[str, Any]:
 def launch_square_sum(tensors: list[torch.Tensor], config: Config | None = None) -> torch.Tensor:
     """See `square_sum`."""
     config = config or pick("square_sum", "any", lambda: SUM_CONFIGS, tensors[0].device)
-    blocks = [triton.cdiv(x.numel(), config.blocks["BLOCK"]) for x in tensors]
+    blocks = [cdiv(x.numel(), config.blocks["BLOCK"]) for x in tensors]
     counts = [min(n, _MAX_PARTIALS) for n in blocks]
     partials = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
     for x, own in zip(tensors, partials.split(counts), strict=True):

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import cdiv, launch_kernel, next_power_of_2
 from shardwright.kernels.triton.operator import empty_dense, operator
 
 # PAIRS: elements of the first half of the heads that a program turns.
@@ -112,14 +112,14 @@ def turn_pair(  # noqa: PLR0913
 
 def _tile(num_heads: int, width: int, pairs: int) -> tuple[int, int]:
     """Return how many tokens and heads a program turns: all the heads if they fit, and tokens to fill up."""
-    heads = min(triton.next_power_of_2(num_heads), max(1, pairs // width))
+    heads = min(next_power_of_2(num_heads), max(1, pairs // width))
     return max(1, pairs // (width * heads)), heads
 
 
 @cache
 def _constants(config: Config, head_dim: int, q_heads: int, k_heads: int, inverse: bool) -> dict[str, int | bool]:
     """Return the keyword arguments of a launch."""
-    width = triton.next_power_of_2(head_dim // 2)
+    width = next_power_of_2(head_dim // 2)
     (q_tokens, q_tile), (k_tokens, k_tile) = (_tile(n, width, config.blocks["PAIRS"]) for n in (q_heads, k_heads))
     return {
         "Q_NUM_HEADS": q_heads,
@@ -137,7 +137,7 @@ def _constants(config: Config, head_dim: int, q_heads: int, k_heads: int, invers
 
 
 def _blocks(all_tokens: int, num_heads: int, tokens: int, heads: int) -> int:
-    return triton.cdiv(all_tokens, tokens) * triton.cdiv(num_heads, heads)
+    return cdiv(all_tokens, tokens) * cdiv(num_heads, heads)
 
 
 def launch(

@@ -95,19 +95,18 @@ def test_widest_row():
     torch.testing.assert_close(norm.rms_norm(x, weight, EPS), op.reference(x, weight, EPS), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("index", range(max(len(norm.CONFIGS), len(norm.BACKWARD_CONFIGS))))
-def test_every_configuration(index):
-    """Forward's and backward's are walked together; every program of backward has several tiles, the last not full."""
+@pytest.mark.parametrize("config", norm.CONFIGS, ids=lambda config: str(config.arguments))
+def test_every_configuration(config):
+    """Every program of backward has several tiles, the last not full."""
     torch.manual_seed(2)
-    forward, backward = (c[index % len(c)] for c in (norm.CONFIGS, norm.BACKWARD_CONFIGS))
-    programs = norm._num_programs(backward.num_warps, torch.device(DEVICE))
-    rows = (programs + 1) * backward.blocks["ROWS"] + 1
+    programs = norm._num_programs(config.num_warps, torch.device(DEVICE))
+    rows = (programs + 1) * config.blocks["ROWS"] + 1
     for centered in (False, True):
         tensors, grads = inputs((rows,), 72, torch.float32, True, centered)
         x, residual, weight, bias = tensors
-        y, total, statistics = norm.launch_forward(x, residual, weight, bias, EPS, centered, forward)
+        y, total, statistics = norm.launch_forward(x, residual, weight, bias, EPS, centered, config)
         assert total is not None
-        grad_x, grad_parameters = norm.launch_backward(*grads, total, weight, statistics, centered, backward)
+        grad_x, grad_parameters = norm.launch_backward(*grads, total, weight, statistics, centered, config)
         mine = [x.double() for x in (y, total, grad_x, grad_x, *grad_parameters)]
         truth = run(plain, tensors, grads, centered, torch.float64)
         check(mine, run(plain, tensors, grads, centered), truth)
@@ -202,7 +201,7 @@ def test_refusals():
         KernelError, match=r"residual is torch.float16 \[2, 8\], x torch.float32 \[2, 8\]; give both alike"
     ):
         norm.residual_rms_norm(random(2, 8), random(2, 8, dtype=torch.float16), random(8), EPS)
-    refuse = op.OP.candidates[-1].unsupported
+    (refuse,) = (c.unsupported for c in op.OP.candidates if c.name == "triton")
     assert refuse(Situation(device="cpu", dtype=torch.float32)) == "needs a CUDA device"
     assert refuse(Situation(device="cuda", dtype=torch.float64)) == "needs bf16, fp16 or fp32"
     assert (
