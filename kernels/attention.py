@@ -109,6 +109,13 @@ def triton(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None
     return attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window=window)[0]
 
 
+def gluon(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None):
+    """As `reference`, through this project's FlashAttention for Hopper."""
+    from shardwright.kernels.triton.attention import attention
+
+    return attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window=window, backend="gluon")[0]
+
+
 def _triton_unsupported(situation: Situation) -> str | None:
     if refusal := lacks_triton(situation):
         return refusal
@@ -122,10 +129,19 @@ def _triton_unsupported(situation: Situation) -> str | None:
     return hazard(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
+def _gluon_unsupported(situation: Situation) -> str | None:
+    if refusal := _triton_unsupported(situation):
+        return refusal
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return "needs a Hopper GPU"
+    return None if situation.sizes["head_dim"] in (64, 128) else "needs head size 64 or 128"
+
+
 OP = Op(
     name="attention",
     reference=reference,
     candidates=(
+        Candidate(name="gluon", function=gluon, unsupported=_gluon_unsupported),
         Candidate(name="varlen", function=varlen, unsupported=_varlen_unsupported),
         Candidate(name="sdpa", function=sdpa, unsupported=lambda situation: None),
         Candidate(name="triton", function=triton, unsupported=_triton_unsupported),

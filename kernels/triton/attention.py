@@ -6,6 +6,7 @@ documents.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,8 +30,12 @@ def attention(  # noqa: PLR0913
     causal: bool = True,
     softcap: float | None = None,
     scale: float | None = None,
+    backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend inside each document, in tiles; deterministic, forward and backward.
+    """Attend inside each document, in tiles.
+
+    All results are the same bits each time, but for the gradient of the queries from the backend `gluon`; under
+    `torch.use_deterministic_algorithms` its backward is that of `triton`.
 
     Args:
         q_BTHD: queries, bfloat16 or float16 (and float32 where Triton interprets, on the CPU). A tensor whose heads do
@@ -43,6 +48,7 @@ def attention(  # noqa: PLR0913
         causal: False: a token sees all of its document.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
         scale: of the products of queries and keys; None: 1 / sqrt(D).
+        backend: `triton` for any GPU from Ampere on; `gluon` for Hopper, head sizes 64 and 128, no softcap.
 
     Returns:
         The attended values [B, T, H, D] in the dtype of the queries, and float32 [B, T, H], the natural logarithm of
@@ -52,12 +58,12 @@ def attention(  # noqa: PLR0913
     Raises:
         KernelError: shapes, dtypes or options that it cannot do.
 
-    Source: arXiv 2307.08691.
+    Source: arXiv 2307.08691, 2407.08608.
     """
     _check_tensors(q_BTHD, k_BTKD, v_BTKD, bounds)
     _check_scores(window, causal, softcap, scale)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    out_BTHD, lse_HBT = _attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale)
+    out_BTHD, lse_HBT = _attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend)
     return out_BTHD, lse_HBT.permute(1, 2, 0)
 
 
@@ -85,6 +91,19 @@ def _check_scores(window: int | None, causal: bool, softcap: float | None, scale
         raise KernelError(f"softcap={softcap}, scale={scale}: both must be above 0, or None")
 
 
+@cache
+def _gluon() -> tuple[Any, Any]:
+    from shardwright.kernels.gluon import attention_backward, attention_forward  # Gluon, which an interpreter lacks
+
+    return attention_forward, attention_backward
+
+
+def _gluon_refusal(q: torch.Tensor, scores: Scores) -> str | None:
+    if not q.is_cuda:
+        return "it needs a GPU"
+    return _gluon()[0].unsupported(q.shape[-1], q.dtype, scores, torch.cuda.get_device_capability(q.device))
+
+
 def _scores(longest: int, window: int | None, causal: bool, softcap: float | None, scale: float) -> Scores:
     narrow = window if window is not None and window < longest else None
     return Scores(scale=scale, softcap=softcap, causal=causal, window=narrow)
@@ -95,29 +114,48 @@ def _documents(bounds: torch.Tensor, longest: int, q_BTHD: torch.Tensor) -> Docu
 
 
 def _forward(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale
+    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend
 ):
     documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
-    out, lse = forward(q, k, v, documents, scores)
+    if backend == "gluon" and (refusal := _gluon_refusal(q_BTHD, scores)):
+        raise KernelError(f"backend=gluon cannot do this attention: {refusal}; use backend=triton")
+    function = _gluon()[0].forward if backend == "gluon" else forward
+    out, lse = function(q, k, v, documents, scores)
     return out.view(q_BTHD.shape), lse.view(-1, *q_BTHD.shape[:2])
 
 
 def _forward_fake(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale
+    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend
 ):
     batch, tokens, heads, _ = q_BTHD.shape
     return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((heads, batch, tokens), dtype=torch.float32)
 
 
 def _backward(  # noqa: PLR0913
-    dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, out_BTHD, lse_HBT, bounds, longest, window, causal, softcap, scale
+    dout_BTHD,
+    dlse_HBT,
+    q_BTHD,
+    k_BTKD,
+    v_BTKD,
+    out_BTHD,
+    lse_HBT,
+    bounds,
+    longest,
+    window,
+    causal,
+    softcap,
+    scale,
+    backend,
 ):
     documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
     q, k, v, out, dout = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD, out_BTHD, dout_BTHD))
     lse, dlse = lse_HBT.flatten(1, 2), None if dlse_HBT is None else dlse_HBT.flatten(1, 2)
-    dq, delta = backward_queries((q, k, v), (out, lse), (dout, dlse), documents, scores)
-    dk, dv = backward_keys((q, k, v), dout, lse, delta, documents, scores)
+    if backend == "gluon" and not torch.are_deterministic_algorithms_enabled():
+        dq, dk, dv = _gluon()[1].backward((q, k, v), (out, lse), (dout, dlse), documents, scores)
+    else:
+        dq, delta = backward_queries((q, k, v), (out, lse), (dout, dlse), documents, scores)
+        dk, dv = backward_keys((q, k, v), dout, lse, delta, documents, scores)
     return dq.view(q_BTHD.shape), dk.view(k_BTKD.shape), dv.view(k_BTKD.shape)
 
 
@@ -135,10 +173,10 @@ def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Ten
     out_BTHD = ctx.saved_tensors[3]
     dout_BTHD = torch.zeros_like(out_BTHD) if dout_BTHD is None else dout_BTHD
     gradients = _attention_backward(dout_BTHD, dlse_HBT, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * 6
+    return *gradients, *[None] * 7
 
 
-_OPTIONS = "SymInt longest, int? window, bool causal, float? softcap, float scale"
+_OPTIONS = "SymInt longest, int? window, bool causal, float? softcap, float scale, str backend"
 _attention_backward = operator(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor bounds, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",

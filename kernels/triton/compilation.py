@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import get_ptxas
 
-from shardwright.kernels import triton as package
+from shardwright.kernels.triton.ptxas import HOPPER
 
 COMPILER = f"triton {triton.__version__}"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that a program can have, by compute capability
@@ -75,18 +75,26 @@ class _AbsentGpu(DriverBase):
 
 
 def compile_all(capability: int, wanted: str = "") -> Iterator[tuple[str, Compiled]]:
-    """Compile what the modules of this package list, and yield label and outcome. Ends what a process can launch.
+    """Compile what the modules list, those in Gluon for Hopper only, and yield label and outcome.
+
+    Ends what a process can launch.
 
     Args:
         capability: 90 for compute capability 9.0.
         wanted: a regular expression that labels must match somewhere.
     """
     triton.runtime.driver.set_active(_AbsentGpu(capability))
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for module in _modules(capability):
         for label, kernel, args, kwargs in getattr(module, "compilations", tuple)():
             if re.search(wanted, label):
                 yield label, _inspect(kernel.warmup(*args, grid=(1,), **kwargs), capability)
+
+
+def _modules(capability: int) -> Iterator[Any]:
+    for package in ("triton", "gluon") if capability == HOPPER else ("triton",):
+        found = importlib.import_module(f"shardwright.kernels.{package}")
+        for info in pkgutil.iter_modules(found.__path__):
+            yield importlib.import_module(f"{found.__name__}.{info.name}")
 
 
 def _inspect(kernel: Any, capability: int) -> Compiled:

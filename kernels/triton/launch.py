@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
 _compiled: dict[tuple[Hashable, ...], Any] = {}
@@ -32,15 +35,31 @@ def launch_kernel(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any
             site always gives them in one order.
     """
     if isinstance(kernel, InterpretedFunction):
+        _check(kernel, args)
         kernel[tuple(grid)](*args, **constants)
         return
-    key = (id(kernel), torch.cuda.current_device(), *constants.values(), *map(_kind, args))
+    device = torch.cuda.current_device()
+    key = (id(kernel), device, *constants.values(), *map(_kind, args))
     compiled = _compiled.get(key)
     if compiled is None:
+        _check(kernel, args)
         _compiled[key] = kernel[tuple(grid)](*args, **constants)
-    else:
-        rest = [constants[name] for name in kernel.arg_names[len(args) :]]
-        compiled[(*grid, 1, 1)[:3]](*args, *rest)
+        return
+    rest = [constants[name] for name in kernel.arg_names[len(args) :]]
+    whole_grid = (*grid, 1, 1)[:3]
+    if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        compiled[whole_grid](*args, *rest)
+    else:  # as that does, without what is only for hooks
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled.run(
+            *(*whole_grid, stream, compiled.function, compiled.packed_metadata), None, None, None, *args, *rest
+        )
+
+
+def _check(kernel: Any, args: tuple[Any, ...]) -> None:
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    num_runtime = sum(1 for _ in takewhile(lambda p: "constexpr" not in str(p.annotation), parameters))
+    assert len(args) <= num_runtime, "a constexpr is given by position"
 
 
 def _kind(value: Any) -> Hashable:
@@ -49,4 +68,6 @@ def _kind(value: Any) -> Hashable:
         return value.dtype, value.data_ptr() % 16
     if isinstance(value, int):
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    if hasattr(value, "block_shape"):  # a descriptor of Gluon
+        return value.base.dtype, tuple(value.block_shape), value.layout
     return type(value)

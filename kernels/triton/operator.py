@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -37,14 +37,18 @@ def operator(
     for device in ("CUDA", "CPU"):
         _LIBRARY.impl(name, function, device)
     torch.library.register_fake(f"shardwright::{name}", fake, lib=_LIBRARY)
-    direct = function
+    differentiable = None
     if backward is not None:
         torch.library.register_autograd(f"shardwright::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-        direct = _differentiable(name, function, backward, setup_context)
+        differentiable = _differentiable(name, function, backward, setup_context)
     registered = getattr(torch.ops.shardwright, name).default
 
     def call(*args: Any) -> Any:
-        return registered(*args) if torch.compiler.is_compiling() or _is_watched(args) else direct(*args)
+        if torch.compiler.is_compiling() or _is_watched(args):
+            return registered(*args)
+        if differentiable is None or not (torch.is_grad_enabled() and _needs_gradient(args)):
+            return function(*args)
+        return differentiable(*args)
 
     return call
 
@@ -59,10 +63,20 @@ def _differentiable(name, function, backward, setup_context) -> Callable[..., An
     return type(name, (torch.autograd.Function,), methods).apply
 
 
-def _is_watched(args: tuple[Any, ...]) -> bool:
-    flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
-    subclass = any(isinstance(x, torch.Tensor) and type(x) not in _PLAIN for x in flat)
-    return subclass or _get_current_dispatch_mode() is not None
+def _is_watched(args: Iterable[Any]) -> bool:
+    if _get_current_dispatch_mode() is not None:
+        return True
+    for arg in args:  # a loop, as this is called for every launch
+        if isinstance(arg, list):
+            if _is_watched(arg):
+                return True
+        elif isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN:
+            return True
+    return False
+
+
+def _needs_gradient(args: Iterable[Any]) -> bool:
+    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
 
 
 def empty_dense(x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from triton.backends.nvidia.compiler import get_ptxas
 
 _FIRST_SOUND = (13, 3)
-_HOPPER = 90
+HOPPER = 90
 _VARIABLES = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")  # Triton's releases differ in which one Hopper takes
 
 
@@ -30,7 +30,7 @@ def prefer_sound() -> None:
 
 def hazard(capability: tuple[int, int]) -> str | None:
     """Return why kernels that feed wgmma from registers are refused on a GPU of a compute capability, or None."""
-    if capability[0] != _HOPPER // 10 or _version() >= _FIRST_SOUND:
+    if capability[0] != HOPPER // 10 or _version() >= _FIRST_SOUND:
         return None
     version = ".".join(map(str, _version()))
     return f"ptxas {version} breaks it on Hopper, 13.3 is needed; pip install 'nvidia-cuda-nvcc>=13.3'"
@@ -38,4 +38,4 @@ def hazard(capability: tuple[int, int]) -> str | None:
 
 @cache
 def _version() -> tuple[int, ...]:
-    return tuple(int(part) for part in get_ptxas(_HOPPER).version.split("."))
+    return tuple(int(part) for part in get_ptxas(HOPPER).version.split("."))

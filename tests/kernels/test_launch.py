@@ -12,6 +12,10 @@ class Kernel:
 
     arg_names = ("x", "count", "scale", "BLOCK")
 
+    @staticmethod
+    def fn(x, count, scale, BLOCK: "constexpr"):  # noqa: F821
+        raise NotImplementedError
+
     def __init__(self):
         self.num_compiled, self.launched = 0, []
 
@@ -23,8 +27,10 @@ class Kernel:
         launched = self.launched
 
         class Compiled:
-            def __getitem__(self, grid):
-                return lambda *values: launched.append((grid, values))
+            function = packed_metadata = None
+
+            def run(self, *values):
+                launched.append((values[:3], values[9:]))  # after stream, function, what describes it, and hooks
 
         return Compiled()
 
@@ -32,6 +38,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     monkeypatch.setattr(launch, "_compiled", {})
     return Kernel()
 
@@ -62,3 +69,8 @@ def test_other_kinds_are_compiled(kernel, args, constants):
     launch_kernel(kernel, (7,), torch.zeros(64), 32, 0.5, BLOCK=16, num_warps=4)
     launch_kernel(kernel, (7,), *args, **constants)
     assert kernel.num_compiled == 2 and not kernel.launched
+
+
+def test_a_constexpr_by_position_is_refused(kernel):
+    with pytest.raises(AssertionError, match="by position"):
+        launch_kernel(kernel, (7,), torch.zeros(64), 32, 0.5, 16, num_warps=4)

@@ -248,7 +248,7 @@ def test_the_log_sum_exp_is_what_the_ring_merges():
 def test_the_operator_keeps_its_promises_to_torch():
     q, k, v = (x.to(DEVICE, DTYPES[0]).requires_grad_() for x in random_inputs(20, 2, 1, 16)[:3])
     bounds = bounds_of((7, 13)).to(DEVICE)
-    options = (None, True, None, 0.25)  # window, causal, softcap, scale
+    options = (None, True, None, 0.25, "triton")  # window, causal, softcap, scale, backend
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.shardwright.attention, (q, k, v, bounds, 13, *options), test_utils=tests)
 

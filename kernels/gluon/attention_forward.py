@@ -1,0 +1,494 @@
+"""FlashAttention forward over packed documents, for Hopper: loads, products and softmax overlap.
+
+A program is one warp that loads tiles and two or three warpgroups that attend from 64 queries each. A warpgroup starts
+the scores of its next block of keys before it multiplies the weights of this one, so that the tensor cores work while
+it exponentiates. Blocks go from the last key to the first: only those at the edges of what a tile sees are masked.
+A persistent program goes through many tiles, and loads the next while it stores the last.
+
+Shapes: P packed tokens, H query heads, K key/value heads, G = H / K, D head size, N documents, M tiles.
+
+Source: arXiv 2407.08608.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# (Gluon's annotations are those of a kernel's inside; pyright takes them for those of its launch.)
+
+# No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from shardwright.kernels.gluon.hopper import (
+    Units,
+    advance,
+    aggregate,
+    barriers,
+    describable,
+    head_of,
+    load,
+    longest_first,
+    place,
+    ragged,
+    rounds,
+    settle,
+    store,
+    tile,
+)
+from shardwright.kernels.triton.attention_forward import Documents, Scores
+from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.ptxas import hazard
+
+LN2 = gl.constexpr(math.log(2))
+HIDDEN = gl.constexpr(float("-inf"))  # score of a key that a query does not see
+LOWEST = gl.constexpr(-1.0e30)  # what a row's highest score is at least, as it may see no key of its first block
+ROWS = gl.constexpr(64)  # queries of a warpgroup
+
+
+def _config(consumers: int, stages: int, persistent: int, settled: int = 1) -> Config:
+    """Return a configuration: warpgroups, blocks of keys in flight, whether programs go on, and see `settle`."""
+    blocks = {"BLOCK_N": 128, "CONSUMERS": consumers, "STAGES": stages, "PERSISTENT": persistent, "SETTLED": settled}
+    return Config(blocks=blocks, num_warps=4, num_stages=1)
+
+
+CONFIGS = {
+    128: (_config(2, 2, 1), _config(2, 2, 0), _config(2, 2, 1, 0)),
+    64: (_config(3, 3, 1), _config(3, 3, 0), _config(2, 3, 1), _config(2, 3, 0), _config(3, 3, 1, 0)),
+}
+_REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
+_CACHED_BYTES = 32 * 2**20  # keys and values that stay in the second-level cache together
+
+
+def unsupported(dim: int, dtype: torch.dtype, scores: Scores, capability: tuple[int, int]) -> str | None:
+    """Return why the kernel cannot do something, or None.
+
+    Args:
+        dim: head size.
+        dtype: of queries, keys and values.
+        scores: how they are made.
+        capability: compute capability of the GPU.
+    """
+    if capability[0] != 9:
+        return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
+    if dim not in CONFIGS:
+        return f"head_dim={dim}: it has {' and '.join(map(str, sorted(CONFIGS)))}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "needs bf16 or fp16"
+    if scores.softcap is not None:
+        return f"softcap={scores.softcap}: it has none"
+    return hazard(capability)
+
+
+def forward(
+    q_PHD: torch.Tensor,
+    k_PKD: torch.Tensor,
+    v_PKD: torch.Tensor,
+    documents: Documents,
+    scores: Scores,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attended values [P, H, D], and float32 [H, P], the natural logarithm of the sum of exp(scores).
+
+    Args:
+        q_PHD: queries; any stride between tokens.
+        k_PKD: keys.
+        v_PKD: values.
+        documents: where they lie.
+        scores: how they are made, without a softcap.
+        config: None: the one to pick.
+    """
+    tokens, heads, dim = q_PHD.shape
+    config = config or pick("gluon_attention_forward", f"head_dim={dim}", lambda: CONFIGS[dim], q_PHD.device)
+    q, k, v = (describable(x) for x in (q_PHD, k_PKD, v_PKD))
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
+    block = ROWS.value * config.blocks["CONSUMERS"]
+    tiles = longest_first(documents, block, scores.causal)
+    units = len(tiles) * heads
+    grid = min(units, _processors(q.device)) if config.blocks["PERSISTENT"] else units
+    launch_kernel(
+        _forward_kernel,
+        (grid,),
+        *_arguments(q, k, v, out, lse, tiles, scores, config),
+        **_options(dim, scores, config),
+    )
+    return out, lse
+
+
+def _arguments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    tiles: torch.Tensor,
+    scores: Scores,
+    config: Config,
+) -> tuple[Any, ...]:
+    tokens, heads, dim = q.shape
+    kv_heads, keys, num_tiles = k.shape[1], config.blocks["BLOCK_N"], len(tiles)
+    head_bytes = 2 * k.element_size() * dim * tokens
+    together = max(
+        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * head_bytes <= max(head_bytes, _CACHED_BYTES)
+    )
+    chunk = together * heads // kv_heads
+    # Tiles of unlike length are dealt out evenly chunk by chunk, others all at once.
+    stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
+    sizes = (num_tiles, tokens, heads, heads // kv_heads, chunk, stretch, scores.window or 0)
+    descriptors = (ragged(q, ROWS.value), ragged(k, keys), ragged(v, keys), ragged(out, ROWS.value))
+    return *descriptors, lse, tiles, *sizes, math.log2(math.e) * scores.scale
+
+
+def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
+    return {
+        "DIM": dim,
+        "CAUSAL": scores.causal,
+        "WINDOWED": scores.window is not None,
+        "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
+        **config.arguments,
+        "enable_fp_fusion": True,
+    }
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@aggregate
+class _Shared:
+    """Buffers and their barriers: `full` when loaded, `empty` when every reader is through with them."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_empty: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_empty: gl.shared_memory_descriptor
+
+
+@aggregate
+class _Work:
+    """What is to be done."""
+
+    units: Units
+    group: gl.tensor
+    window: gl.tensor
+    DIM: gl.constexpr
+    BLOCK_N: gl.constexpr
+    CONSUMERS: gl.constexpr
+    STAGES: gl.constexpr
+    SETTLED: gl.constexpr
+    CAUSAL: gl.constexpr
+    WINDOWED: gl.constexpr
+
+
+@gluon.jit
+def _blocks(work, begin, start, end):
+    """Return how many blocks of keys a tile sees, from the last to the first, and where those without a mask lie.
+
+    Returns:
+        The number of the last block in its document, how many there are, and which of them, counted from the last, is
+        the first that needs no mask, and the first after it that does. The very last is always masked.
+    """
+    stop = gl.minimum(begin + work.CONSUMERS * ROWS, end)
+    if work.CAUSAL:
+        high = gl.cdiv(stop - start, work.BLOCK_N)
+        bare_high = (begin - start + 1) // work.BLOCK_N
+    else:
+        high = gl.cdiv(end - start, work.BLOCK_N)
+        bare_high = (end - start) // work.BLOCK_N
+    count = high
+    bare_last = count
+    if work.WINDOWED:
+        count = high - gl.maximum(begin - start + 1 - work.window, 0) // work.BLOCK_N
+        bare_last = high - gl.cdiv(gl.maximum(stop - start - work.window, 0), work.BLOCK_N)
+    bare_first = gl.minimum(gl.maximum(high - bare_high, 1), count)
+    return high - 1, count, bare_first, gl.minimum(gl.maximum(bare_last, bare_first), count)
+
+
+@gluon.jit
+def _load_tile(desc, bars, slot, buffer, row, end, column):
+    mbarrier.expect(bars.index(slot), desc.block_type.nbytes)
+    load(desc, place(row, end, column), bars.index(slot), buffer.index(slot))
+
+
+@gluon.jit
+def _produce(shared, work, q_desc, k_desc, v_desc):
+    """Load queries, keys and values of one unit after the other, as soon as there is room."""
+    STAGES: gl.constexpr = work.STAGES
+    slot = 0
+    phase = 0
+    turn = 0
+    each, steps = rounds(work.units)
+    for step in range(steps):
+        begin, start, end = tile(work.units, step, each, steps)
+        if begin < end:
+            head = head_of(work.units, step, each)
+            last, count, _, _ = _blocks(work, begin, start, end)
+            column = head // work.group * work.DIM
+            row = start + last * work.BLOCK_N
+            for i in gl.static_range(work.CONSUMERS):
+                mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
+                _load_tile(q_desc, shared.q_full, i, shared.q, begin + i * ROWS, end, head * work.DIM)
+            turn = turn ^ 1
+            mbarrier.wait(shared.k_empty.index(slot), phase ^ 1)
+            _load_tile(k_desc, shared.k_full, slot, shared.k, row, end, column)
+            for _ in range(1, count):
+                next_slot, next_phase = advance(slot, phase, STAGES)
+                mbarrier.wait(shared.k_empty.index(next_slot), next_phase ^ 1)
+                _load_tile(k_desc, shared.k_full, next_slot, shared.k, row - work.BLOCK_N, end, column)
+                mbarrier.wait(shared.v_empty.index(slot), phase ^ 1)
+                _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
+                slot, phase = next_slot, next_phase
+                row -= work.BLOCK_N
+            mbarrier.wait(shared.v_empty.index(slot), phase ^ 1)
+            _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
+            slot, phase = advance(slot, phase, STAGES)
+
+
+@gluon.jit
+def _mask(scores, work, ahead):
+    """Hide the keys that queries do not see; [ROWS, BLOCK_N / 8, 8].
+
+    The first query, or if not causal the document's end, lies `ahead` of the first key.
+    """
+    LAYOUT: gl.constexpr = scores.type.layout
+    group = 8 * gl.arange(0, work.BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    group = gl.expand_dims(gl.expand_dims(group, 0), 2)
+    lane = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    lane = gl.expand_dims(gl.expand_dims(lane, 0), 1)
+    if work.CAUSAL:
+        own = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+        own = gl.expand_dims(gl.expand_dims(own, 1), 2) + ahead - lane
+        scores = gl.where(group <= own, scores, HIDDEN)
+        if work.WINDOWED:
+            scores = gl.where(group > own - work.window, scores, HIDDEN)
+    else:
+        scores = gl.where(group < ahead - lane, scores, HIDDEN)
+    return scores
+
+
+@gluon.jit
+def _highest(scores):
+    """Return the highest score of every row."""
+    return gl.max(gl.max(scores, 1), 1)
+
+
+@gluon.jit
+def _exponentiate(scores, top, factor):
+    """Return the weights of scores that are at most `top`, scaled by the factor, and parts of their sums [ROWS, 8]."""
+    weights = gl.exp2(scores * factor - gl.expand_dims(gl.expand_dims(top, 1), 1))
+    return weights, gl.sum(weights, 1)
+
+
+@gluon.jit
+def _operand(weights, work, dtype: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return weights as the tensor cores take them, from registers that they already are in."""
+    return gl.convert_layout(weights.reshape([ROWS, work.BLOCK_N]).to(dtype), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _store_lse(pointer, values, row, end):
+    rows = row + gl.arange(0, ROWS, layout=values.type.layout)
+    gl.store(pointer + rows, values, mask=rows < end)
+
+
+@gluon.jit
+def _store_out(desc, values, buffer, row, end, head):
+    """Start to write values from a buffer, out of which those of the unit before may still be on their way."""
+    DIM: gl.constexpr = values.shape[1]
+    tma.store_wait(0)
+    buffer.reshape([ROWS, DIM]).store(values.to(desc.dtype))
+    fence_async_shared()
+    store(desc, place(row, end, head * DIM), buffer)
+
+
+@gluon.jit
+def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr):  # noqa: PLR0915
+    """Attend from 64 queries of each unit: its `CONSUMER`-th.
+
+    Scores are looked at as groups of 8 keys. Every thread has two of each, for two rows: the numbers of the groups are
+    numbers in the code, and sums over groups stay within the thread.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.DIM, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    # Blocks need a mask after the first only where a window ends, or where a tile sees its last keys in two blocks.
+    EDGES: gl.constexpr = work.WINDOWED or (work.CAUSAL and work.CONSUMERS * ROWS != work.BLOCK_N)
+    GROUPS: gl.constexpr = [ROWS, work.BLOCK_N // 8, 8]
+    dtype: gl.constexpr = out_desc.dtype
+    q = shared.q.index(CONSUMER).reshape([ROWS, work.DIM])
+    slot = 0
+    phase = 0
+    turn = 0
+    each, steps = rounds(work.units)
+    begin, start, end = tile(work.units, 0, each, steps)
+    for step in range(steps):
+        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
+        if begin < end:
+            block, count, bare_first, bare_last = _blocks(work, begin, start, end)
+            row = begin + CONSUMER * ROWS
+            ahead = (row if work.CAUSAL else end) - start - block * work.BLOCK_N
+            mbarrier.wait(shared.q_full.index(CONSUMER), turn)
+            mbarrier.wait(shared.k_full.index(slot), phase)
+            k = shared.k.index(slot).reshape([work.BLOCK_N, work.DIM])
+            nothing = gl.zeros([ROWS, work.BLOCK_N], gl.float32, SCORES)
+            scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            mbarrier.arrive(shared.k_empty.index(slot), count=1)
+            scores = _mask(scores.reshape(GROUPS), work, ahead)
+            top = gl.maximum(_highest(scores) * factor, LOWEST)
+            weights, total = _exponentiate(scores, top, factor)
+            weights = _operand(weights, work, dtype, OPERAND)
+            acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
+            for i in range(1, count):
+                ahead += work.BLOCK_N
+                k_slot, k_phase = advance(slot, phase, work.STAGES)
+                k = shared.k.index(k_slot).reshape([work.BLOCK_N, work.DIM])
+                v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
+                mbarrier.wait(shared.k_full.index(k_slot), k_phase)
+                scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                mbarrier.wait(shared.v_full.index(slot), phase)
+                acc = warpgroup_mma(weights, v, acc, is_async=True)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(shared.k_empty.index(k_slot), count=1)
+                scores = scores.reshape(GROUPS)
+                if EDGES:
+                    edge = i < bare_first
+                    if work.WINDOWED:
+                        edge = edge | (i >= bare_last)
+                    if edge:
+                        scores = _mask(scores, work, ahead)
+                higher = gl.maximum(top, _highest(scores) * factor)
+                fresh, part = _exponentiate(scores, higher, factor)
+                decay = gl.exp2(top - higher)
+                total = total * gl.expand_dims(decay, 1) + part
+                if work.SETTLED:
+                    total = settle(total)
+                top = higher
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(shared.v_empty.index(slot), count=1)
+                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1)
+                weights = _operand(fresh, work, dtype, OPERAND)
+                slot, phase = k_slot, k_phase
+            mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
+            mbarrier.wait(shared.v_full.index(slot), phase)
+            v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
+            acc = warpgroup_mma(weights, v, acc, is_async=True)
+            sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
+            top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
+            head = head_of(work.units, step, each)
+            _store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(shared.v_empty.index(slot), count=1)
+            slot, phase = advance(slot, phase, work.STAGES)
+            turn = turn ^ 1
+            _store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
+        begin, start, end = next_begin, next_start, next_end
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "tokens", "heads", "group", "chunk", "stretch", "window"])
+def _forward_kernel(  # noqa: PLR0913
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    lse,
+    tiles,
+    num_tiles,
+    tokens,
+    heads,
+    group,
+    chunk,
+    stretch,
+    window,
+    factor,
+    DIM: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOWED: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PERSISTENT: gl.constexpr,
+    SETTLED: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """Attend from all units that fall to this program."""
+    dtype: gl.constexpr = q_desc.dtype
+    shared = _Shared(
+        gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, DIM], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DIM], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, DIM], out_desc.layout),
+        barriers(CONSUMERS, 1),
+        barriers(CONSUMERS, 1),
+        barriers(STAGES, 1),
+        barriers(STAGES, CONSUMERS),
+        barriers(STAGES, 1),
+        barriers(STAGES, CONSUMERS),
+    )
+    units = Units(tiles, num_tiles, heads, chunk, stretch, PERSISTENT)
+    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, SETTLED, CAUSAL, WINDOWED)
+    fence_async_shared()
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, out_desc, lse, tokens, factor, 0)),
+                (_consume, (shared, work, out_desc, lse, tokens, factor, 1)),
+                (_produce, (shared, work, q_desc, k_desc, v_desc)),
+            ],
+            [4, 1],
+            [REGISTERS[0], REGISTERS[1]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, out_desc, lse, tokens, factor, 0)),
+                (_consume, (shared, work, out_desc, lse, tokens, factor, 1)),
+                (_consume, (shared, work, out_desc, lse, tokens, factor, 2)),
+                (_produce, (shared, work, q_desc, k_desc, v_desc)),
+            ],
+            [4, 4, 1],
+            [REGISTERS[0], REGISTERS[0], REGISTERS[1]],
+        )
+
+
+_VARIANTS = (
+    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16),
+    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.float16),
+    ("full", Scores(scale=0.1, softcap=None, causal=False, window=None), torch.bfloat16),
+    ("window", Scores(scale=0.1, softcap=None, causal=True, window=1024), torch.bfloat16),
+)
+
+
+def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield label, kernel, arguments and keyword arguments of everything that a compiler should be tried on."""
+    integers = torch.empty(48, dtype=torch.int32)
+    for name, scores, dtype in _VARIANTS:
+        for dim, configs in CONFIGS.items():
+            x, lse = torch.empty((256, 4, dim), dtype=dtype), torch.empty((4, 256))
+            for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
+                blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
+                label = f"gluon attention forward {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
+                arguments = _arguments(x, x, x, x, lse, integers.view(-1, 3), scores, config)
+                yield label, _forward_kernel, arguments, _options(dim, scores, config)

@@ -1,0 +1,247 @@
+"""What Gluon kernels for Hopper share: names that differ between releases of Triton, and tiles of packed documents.
+
+A ragged descriptor ends loads and stores at the end of a document rather than of the tensor: rows after it read as
+zeros and are not written. It has two leading dimensions more, whose strides take back, modulo 2^64, what the row's
+coordinate is moved forward so that the document's end meets the bound.
+"""
+
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# (Gluon's annotations are those of a kernel's inside; pyright takes them for those of its launch.)
+
+# No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language import core
+
+from shardwright.kernels.triton.attention_forward import Documents
+from shardwright.kernels.triton.launch import cdiv, launch_kernel
+
+# Triton 3.9 renamed both, and 3.6 knows the older names only.
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+ROWS = gl.constexpr(2**30)  # the bound of a ragged descriptor's rows
+_WRAP = 2**34  # times ROWS, and at least one byte an element: 0 modulo 2^64
+_LARGEST = 0x7FFF0000  # a bound that no token reaches
+
+
+def aggregate(cls: type) -> Any:
+    """Return what Triton makes of a class of values; without a constructor, it is given that of all fields in order."""
+
+    def construct(self, *values):
+        for name, value in zip(fields, values, strict=True):
+            setattr(self, name, gl.constexpr(value) if fields[name] is gl.constexpr else value)
+
+    fields = cls.__annotations__
+    if "__init__" not in cls.__dict__:
+        cls.__init__ = gluon.constexpr_function(construct)
+    return core._aggregate(cls)
+
+
+@cache
+def layout(rows: int, dim: int, dtype: Any) -> gl.NVMMASharedLayout:
+    """Return how a tile [1, 1, rows, dim] lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], dtype)
+
+
+def describable(x_PHD: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as a descriptor can say it: a token's heads side by side, everything aligned to 16 bytes."""
+    dim = x_PHD.shape[-1]
+    adjacent = x_PHD.stride(2) == 1 and x_PHD.stride(1) == dim
+    aligned = x_PHD.stride(0) * x_PHD.element_size() % 16 == 0 and x_PHD.data_ptr() % 16 == 0
+    return x_PHD if adjacent and aligned else x_PHD.clone(memory_format=torch.contiguous_format)
+
+
+def ragged(x_PHD: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor of tiles of so many tokens of one head, which ends where `place` says."""
+    _, heads, dim = x_PHD.shape
+    stride = x_PHD.stride(0)
+    dtype = gl.bfloat16 if x_PHD.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor(
+        x_PHD,
+        [_LARGEST, _LARGEST, ROWS.value, heads * dim],
+        [_WRAP - stride, stride, stride, 1],
+        [1, 1, rows, dim],
+        layout(rows, dim, dtype),
+    )
+
+
+def longest_first(documents: Documents, block: int, causal: bool) -> torch.Tensor:
+    """Return what Documents.tiles does, in another order: tiles that see the most keys first, empty ones last."""
+    count = documents.bounds.numel() - 1
+    num_tiles = min(documents.tokens // block + count, count * cdiv(documents.longest, block))
+    table = torch.empty((num_tiles, 3), dtype=torch.int32, device=documents.bounds.device)
+    launch_kernel(_order_kernel, (count + 1,), documents.bounds, table, count, num_tiles, BLOCK=block, CAUSAL=causal)
+    return table
+
+
+@triton.jit(do_not_specialize=["num_documents", "num_tiles"])
+def _order_kernel(bounds, tiles, num_documents, num_tiles, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+    """Write the tiles of one document where they belong among all; as the last program, the empty ones."""
+    document = tl.program_id(0)
+    lanes = tl.arange(0, 64)
+    start = tl.load(bounds + document)
+    end = tl.load(bounds + document + 1, mask=document < num_documents, other=0)
+    count = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    for at in range(0, tl.where(document < num_documents, count, 1), 64):
+        index = at + lanes
+        rank = tl.zeros([64], tl.int32)
+        total = 0
+        for first in range(0, num_documents, 64):
+            other = first + lanes
+            known = other < num_documents
+            begin = tl.load(bounds + other, mask=known, other=0)
+            size = tl.cdiv(tl.load(bounds + other + 1, mask=known, other=0) - begin, BLOCK)
+            total += tl.sum(size, 0)
+            before = (other < document)[None, :]
+            if CAUSAL:  # a tile sees as many blocks as there are tiles up to it
+                ahead = tl.maximum(size[None, :] - index[:, None] - 1, 0)
+                ahead += (before & (size[None, :] > index[:, None])).to(tl.int32)
+            else:
+                ahead = tl.where((size[None, :] > count) | (before & (size[None, :] == count)), size[None, :], 0)
+                ahead += tl.zeros([64, 64], tl.int32)
+            rank += tl.sum(ahead, 1)
+        if not CAUSAL:
+            rank += index
+        row = tiles + rank * 3
+        tl.store(row, start + index * BLOCK, mask=index < count)
+        tl.store(row + 1, start, mask=index < count)
+        tl.store(row + 2, end, mask=index < count)
+        if document == num_documents:
+            for empty in range(total * 3, num_tiles * 3, 64):
+                tl.store(tiles + empty + lanes, 0, mask=empty + lanes < num_tiles * 3)
+
+
+@gluon.jit
+def place(row, end, column):
+    """Return the coordinates of a tile in a ragged descriptor: its first token and column, its document's end."""
+    return [ROWS, end, ROWS - end + row, column]
+
+
+@gluon.jit
+def advance(slot, phase, SLOTS: gl.constexpr):
+    """Return the place in a ring of buffers after this one, and the phase that its barriers are in."""
+    last = slot == SLOTS - 1
+    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """Return so many barriers in shared memory, each of which so many arrivals complete."""
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=ARRIVALS)
+    return bars
+
+
+@gluon.jit
+def settle(sums):
+    """Return sums, four of a thread and none negative, and let no wait that follows come before them.
+
+    ptxas moves a wait for products up to where they were begun, as no number that it waits for is an operand of what
+    lies between; the tensor cores would then idle meanwhile. Here the warp's mask, always full, is made from the sums.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred below;
+        .reg .f32 one, two;
+        .reg .b32 mask;
+        min.f32 one, $4, $5;
+        min.f32 two, $6, $7;
+        min.f32 one, one, two;
+        setp.lt.f32 below, one, 0f00000000;
+        selp.b32 mask, 0, -1, below;
+        bar.warp.sync mask;
+        }""",
+        "=f,=f,=f,=f,0,1,2,3",
+        [sums],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=4,
+    )
+
+
+@aggregate
+class Units:
+    """Tiles of queries, each of one head, in the order in which programs take them: by stretches, and chunks of heads.
+
+    Attributes:
+        tiles: of `longest_first`.
+        num_tiles: M.
+        heads: H.
+        chunk: heads of which programs take the same tile one after the other; it divides H.
+        stretch: units that are dealt out evenly before the next; M times a multiple of the chunk that divides H.
+        PERSISTENT: programs are fewer than units, and each takes several.
+    """
+
+    tiles: gl.tensor
+    num_tiles: gl.tensor
+    heads: gl.tensor
+    chunk: gl.tensor
+    stretch: gl.tensor
+    PERSISTENT: gl.constexpr
+
+
+@gluon.jit
+def rounds(units):
+    """Return how many units a program looks at in a stretch, and in all."""
+    each = 1
+    steps = 1
+    if units.PERSISTENT:
+        each = gl.cdiv(units.stretch, gl.num_programs(0))
+        steps = each * (units.num_tiles * units.heads // units.stretch)
+    return each, steps
+
+
+@gluon.jit
+def _unit(units, step, each):
+    """Return the number of a program's unit, and whether there is one.
+
+    Programs take turns in one order and then in the other, so that each gets long and short units alike.
+    """
+    unit = gl.program_id(0)
+    exists = unit >= 0
+    if units.PERSISTENT:
+        programs = gl.num_programs(0)
+        within = step % each * programs + gl.where(step % 2 == 0, unit, programs - 1 - unit)
+        exists = within < units.stretch
+        unit = step // each * units.stretch + within
+    return unit, exists
+
+
+@gluon.jit
+def head_of(units, step, each):
+    """Return the head of a program's unit."""
+    unit, _ = _unit(units, step, each)
+    return unit // (units.num_tiles * units.chunk) * units.chunk + unit % units.chunk
+
+
+@gluon.jit
+def tile(units, step, each, steps):
+    """Return the first token of a unit's tile, and its document's first and end; all 0 if there is nothing to do."""
+    unit, exists = _unit(units, step, each)
+    exists = exists & (step < steps)
+    row = units.tiles + unit % (units.num_tiles * units.chunk) // units.chunk * 3
+    begin = gl.load(row, mask=exists, other=0)
+    start = gl.load(row + 1, mask=exists, other=0)
+    end = gl.load(row + 2, mask=exists, other=0)
+    return begin, start, end
+
+
+def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield label, kernel, arguments and keyword arguments of everything that a compiler should be tried on."""
+    integers = torch.empty(48, dtype=torch.int32)
+    for causal in (True, False):
+        label = f"attention order {'causal' if causal else 'full'}"
+        yield label, _order_kernel, (integers, integers, 15, 16), {"BLOCK": 128, "CAUSAL": causal}
