@@ -24,6 +24,7 @@ def find_conflicts(config: TrainConfig) -> list[str]:
         *config.model.find_conflicts(config),
         *_layout(config.parallel, config.train.sequence_length),
         *_batch(config),
+        *_linear(config.kernels.linear, config.parallel.tensor),
     ]
 
 
@@ -119,4 +120,12 @@ def _batch(config: TrainConfig) -> Iterator[str]:
             f"train.microbatch_sequences={train.microbatch_sequences} does not divide "
             f"train.global_batch_sequences={train.global_batch_sequences}; "
             f"use {choices(divisors(train.global_batch_sequences))}"
+        )
+
+
+def _linear(linear: str, tensor: int) -> Iterator[str]:
+    if tensor > 1 and linear not in ("auto", "reference"):
+        yield (
+            f"kernels.linear={linear} computes whole products, and parallel.tensor={tensor} splits them; "
+            "use kernels.linear=auto, or parallel.tensor=1"
         )

@@ -73,8 +73,8 @@ class ModelConfig:
 
     @property
     def kernel_sizes(self) -> dict[str, int | None]:
-        """Sizes that kernels are chosen by: `head_dim`, of a family that attends, and `hidden_size`."""
-        return {"head_dim": None, "hidden_size": None}
+        """Sizes that kernels are chosen by; `head_dim` is that of a family that attends."""
+        return {"head_dim": None, "hidden_size": None, "intermediate_size": None}
 
     def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
         """Yield a message (value, rule, remedy) for every pair of settings that this family cannot run."""
@@ -112,7 +112,11 @@ class LlamaConfig(ModelConfig):
     @property
     def kernel_sizes(self) -> dict[str, int | None]:
         """See `ModelConfig`."""
-        return {"head_dim": self.head_dim, "hidden_size": self.hidden_size}
+        return {
+            "head_dim": self.head_dim,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+        }
 
     def find_conflicts(self, config: TrainConfig) -> Iterator[str]:
         """See `ModelConfig`."""
@@ -288,11 +292,15 @@ DataConfig = Annotated[StdlibDataConfig | FilesDataConfig | HubDataConfig, Field
 class KernelsConfig:
     """One implementation per op: `auto` takes the fastest that runs here, a name takes that one or fails."""
 
+    embedding: str
     attention: str
+    linear: str
     rms_norm: str
     rope: str
     swiglu: str
     linear_cross_entropy: str
+    vocabulary_statistics: str
+    optimizer: str
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -54,11 +54,13 @@ class Candidate:
         name: in the config.
         function: called as the reference is.
         unsupported: returns why it cannot run in a situation, or None.
+        lossy: whether it rounds more than the dtype of its arguments does; such a one is taken by name only.
     """
 
     name: str
     function: Callable[..., Any]
     unsupported: Callable[[Situation], str | None]
+    lossy: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,7 @@ class Op:
         functions = {c.name: c.function for c in self.candidates} | {"reference": self.reference}
         fastest = measured(situation.gpu)["order"].get(self.name, [])
         if wanted == "auto":
+            refusals |= {c.name: "lossy, by name only" for c in self.candidates if c.lossy}
             order = (name for name in (*fastest, *functions) if name in functions)
             name = next(name for name in order if refusals.get(name) is None)
             why = "the fastest measured on this kind of GPU" if name in fastest else "the first that runs"

@@ -1,4 +1,4 @@
-"""The implementation of every op, chosen once per run and handed to the model."""
+"""The implementation of every op, chosen once per run and handed to the model and the optimizer."""
 
 from __future__ import annotations
 
@@ -8,22 +8,49 @@ from typing import Any
 
 import torch
 
-from shardwright.kernels import attention, linear_cross_entropy, rms_norm, rope, swiglu
+from shardwright.kernels import (
+    attention,
+    embedding,
+    linear,
+    linear_cross_entropy,
+    optimizer,
+    rms_norm,
+    rope,
+    swiglu,
+    vocabulary_statistics,
+)
 from shardwright.kernels.measured import gpu_name
 from shardwright.kernels.op import Situation
 
-_OPS = {module.OP.name: module.OP for module in (attention, rms_norm, rope, swiglu, linear_cross_entropy)}
+_OPS = {
+    module.OP.name: module.OP
+    for module in (
+        embedding,
+        attention,
+        linear,
+        rms_norm,
+        rope,
+        swiglu,
+        linear_cross_entropy,
+        vocabulary_statistics,
+        optimizer,
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
     """One function per op; the signature of each is that of the reference in the op's file."""
 
+    embedding: Callable[..., torch.Tensor] = embedding.OP.reference
     attention: Callable[..., torch.Tensor] = attention.OP.reference
+    linear: Callable[..., torch.Tensor] = linear.OP.reference
     rms_norm: Callable[..., torch.Tensor] = rms_norm.OP.reference
     rope: Callable[..., torch.Tensor] = rope.OP.reference
     swiglu: Callable[..., torch.Tensor] = swiglu.OP.reference
     linear_cross_entropy: Callable[..., torch.Tensor] = linear_cross_entropy.OP.reference
+    vocabulary_statistics: Callable[..., tuple[torch.Tensor, torch.Tensor]] = vocabulary_statistics.OP.reference
+    optimizer: Callable[..., None] = optimizer.OP.reference
 
     @classmethod
     def of(cls, module: Any) -> Kernels | None:
@@ -39,7 +66,7 @@ def select(wanted: Any, *, device: str, dtype: torch.dtype, sizes: Mapping[str, 
         wanted: an object with one attribute per op, `auto` or a name (the `kernels` group of the config).
         device: device type, `cpu` or `cuda`.
         dtype: dtype of the activations.
-        sizes: what candidates ask for: `head_dim`, `hidden_size`.
+        sizes: what candidates ask for: `head_dim`, `hidden_size`, `intermediate_size`.
 
     Raises:
         KernelError: a named choice is unknown or cannot run.

@@ -29,6 +29,18 @@ class Context:
     sin_BTD: torch.Tensor
 
 
+class Embedding(nn.Embedding):
+    """A row for each token of the vocabulary."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, kernels: Kernels) -> None:
+        super().__init__(vocab_size, hidden_size)
+        self.kernels = kernels
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the rows of token ids [B, T]: [B, T, C]."""
+        return self.kernels.embedding(input, self.weight)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale."""
 
@@ -42,6 +54,18 @@ class RMSNorm(nn.Module):
         return self.kernels.rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """Linear map without bias, of those that are computed in FP8 where `kernels.linear` says so."""
+
+    def __init__(self, in_features: int, out_features: int, kernels: Kernels) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.kernels = kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map the last dim."""
+        return self.kernels.linear(x, self.weight)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions, inside packed documents."""
 
@@ -50,10 +74,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim, self.window, self.kernels = head_dim, window, kernels
-        self.q = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.v = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.o = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.q = Linear(hidden_size, num_heads * head_dim, kernels)
+        self.k = Linear(hidden_size, num_kv_heads * head_dim, kernels)
+        self.v = Linear(hidden_size, num_kv_heads * head_dim, kernels)
+        self.o = Linear(num_heads * head_dim, hidden_size, kernels)
 
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """Return the attended values, projected back to [B, T, C]."""
@@ -71,9 +95,9 @@ class FeedForward(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, intermediate_size, kernels)
+        self.up = Linear(hidden_size, intermediate_size, kernels)
+        self.down = Linear(intermediate_size, hidden_size, kernels)
 
     def forward(self, x_BTC: torch.Tensor) -> torch.Tensor:
         """Return [B, T, C]."""

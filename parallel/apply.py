@@ -59,6 +59,11 @@ def lay_out(model: nn.Module, plan: ParallelPlan, mesh: Mesh, config: TrainConfi
             "goes round a split sequence; call self.kernels.attention, or set parallel.context=1"
         )
     schedule = _schedule(mesh, config)
+    if schedule.splits_backward and config.kernels.linear not in ("auto", "reference"):
+        raise PlanError(
+            f"kernels.linear={config.kernels.linear} computes both gradients at once, and parallel.pipeline_schedule="
+            f"{config.parallel.pipeline_schedule} computes those of weights later; use kernels.linear=auto, or 1f1b"
+        )
     split = [range(len(names))]
     if schedule.num_stages > 1:
         split = split_by_cost(model, plan, schedule.num_stages, config.train.sequence_length)

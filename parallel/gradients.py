@@ -65,17 +65,27 @@ def square_norms(parts: Sequence[torch.Tensor], groups: Sequence[tuple[dist.Proc
         parts: this process's part of each tensor.
         groups: for each tensor, the groups over which its parts are spread: see `sharded_over`.
     """
-    norms = torch._foreach_norm(list(parts), 2, dtype=torch.float32)
+    return sum_over_shards(torch.stack(torch._foreach_norm(list(parts), 2, dtype=torch.float32)).square(), groups)
+
+
+def sum_over_shards(sums: torch.Tensor, groups: Sequence[tuple[dist.ProcessGroup, ...]]) -> torch.Tensor:
+    """Return sums over whole tensors (collective: one reduction per group set).
+
+    Args:
+        sums: over this process's part of each tensor [number of tensors, ...].
+        groups: for each tensor, the groups over which its parts are spread: see `sharded_over`.
+    """
     alike: dict[tuple[dist.ProcessGroup, ...], list[int]] = defaultdict(list)
     for index, key in enumerate(groups):
         alike[key].append(index)
-    squares: dict[int, torch.Tensor] = {}
+    rows = list(sums.unbind())
     for key, indices in alike.items():
-        summed = torch.stack([norms[index] for index in indices]).square()
+        summed = torch.stack([rows[index] for index in indices])
         for group in key:
             dist.all_reduce(summed, group=group)
-        squares.update(zip(indices, summed.unbind(), strict=True))
-    return torch.stack([squares[index] for index in range(len(norms))])
+        for index, row in zip(indices, summed.unbind(), strict=True):
+            rows[index] = row
+    return torch.stack(rows)
 
 
 def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:

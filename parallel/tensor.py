@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,7 +111,8 @@ class TensorParallel:
                 self._replace_forward(modules, name, style)
         for module in modules.values():
             if kernels := Kernels.of(module):
-                replaced: Any = replace(kernels, linear_cross_entropy=self._linear_cross_entropy)
+                loss = partial(self._linear_cross_entropy, kernels.vocabulary_statistics)
+                replaced: Any = replace(kernels, linear_cross_entropy=loss)
                 module.kernels = replaced
 
     def _replace_forward(self, modules: dict[str, nn.Module], name: str, style: TensorStyle) -> None:
@@ -135,11 +137,13 @@ class TensorParallel:
 
         return forward
 
-    def _linear_cross_entropy(self, hidden_BtC, weight_VC, labels_BT):
+    def _linear_cross_entropy(self, statistics, hidden_BtC, weight_VC, labels_BT):
         """As the op of this name, with the vocabulary split over the group."""
         owners = [SimpleNamespace(weight=weight_VC)]
         outs: Any = GatherProducts.apply(self._overlap, self._gradients, owners, hidden_BtC, self._overlap.anchor)
-        return VocabularyCrossEntropy.apply(outs[0].flatten(0, 1), labels_BT.flatten(), self._overlap)
+        logits_Nv, labels_N = outs[0].flatten(0, 1), labels_BT.flatten()
+        lse_N, wanted_N = statistics(logits_Nv, labels_N, self._overlap.rank * logits_Nv.shape[-1])
+        return VocabularyCrossEntropy.apply(lse_N, wanted_N, labels_N, self._overlap)
 
     def _distribute(self, part: SplitParameter) -> None:
         """Replace a parameter by a DTensor whose local part has this process's share of the size."""

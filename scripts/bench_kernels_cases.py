@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shardwright.kernels import attention, linear_cross_entropy, rms_norm, rope, swiglu
+from shardwright.kernels import (
+    attention,
+    embedding,
+    linear,
+    linear_cross_entropy,
+    optimizer,
+    rms_norm,
+    rope,
+    swiglu,
+    vocabulary_statistics,
+)
 from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
+from shardwright.kernels.optimizer import Hyper, Now, Part
 
 Implementation = Callable[..., torch.Tensor]
 COPY, PRODUCT = "copy GB/s", "product TFLOP/s"
@@ -65,8 +76,11 @@ def cases(*, small: bool) -> Iterator[Case]:
     """Yield all cases; `small` ones only show that everything runs."""
     shrink = 64 if small else 1
     yield from _pointwise(shrink)
-    yield _adamw(2**28 // shrink)
+    yield _embedding(16384 // shrink, 4096 // shrink, 128256 // shrink)
+    yield from (_optimizer(kind, 10, shrink) for kind in ("adamw", "lamb"))
     yield _cross_entropy(8192 // shrink, 128256 // shrink)
+    yield _vocabulary_statistics(8192 // shrink, 16032 // shrink)
+    yield _linear(16384 // shrink, 4096 // shrink, 14336 // shrink)
     yield _linear_cross_entropy(8192 // shrink, 4096 // shrink, 128256 // shrink)
     for head_dim in (128, 64):
         for tokens in (2048, 4096, 8192, 16384):
@@ -102,36 +116,40 @@ def _pointwise(shrink: int) -> Iterator[Case]:
     )
 
 
-def _adamw(count: int) -> Case:
-    """One flat float32 shard; torch's fused step beside it."""
+def _embedding(tokens: int, hidden: int, vocab: int) -> Case:
+    """Ids as in text: the n-th most frequent is 1 / n as frequent as the first."""
 
     def inputs(device: torch.device) -> list[Any]:
-        return [torch.rand(count, device=device) for _ in range(4)]
+        frequencies = 1 / torch.arange(1, vocab + 1, device=device)
+        ids = torch.multinomial(frequencies, tokens, replacement=True)
+        return [torch.randperm(vocab, device=device)[ids][None], _leaf(device, vocab, hidden)]
 
-    def reference(param, exp_avg, exp_avg_sq, grad):
-        now = torch.ones((), device=param.device)
-        options: dict[str, Any] = dict(
-            amsgrad=False, maximize=False, lr=1e-4, beta1=0.9, beta2=0.95, weight_decay=0.1, eps=1e-8
-        )
-        torch._fused_adamw_([param], [grad], [exp_avg], [exp_avg_sq], [], [now], **options)
-        return param
-
-    def fused(param, exp_avg, exp_avg_sq, grad):
-        from shardwright.kernels.triton.optimizer import Hyper, Scalars, Shard, adamw_
-
-        now = torch.ones((), device=param.device)
-        scalars = Scalars(lr=now, step=now, multiplier=now, skip=torch.zeros_like(now, dtype=torch.bool))
-        shard = Shard(param=param, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
-        adamw_(shard, grad, scalars, Hyper(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1))
-        return param
-
+    row = 2 * hidden
     return Case(
-        label=f"adamw {count}",
-        op=Op(
-            name="adamw",
-            reference=reference,
-            candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton),),
-        ),
+        label=f"embedding {tokens} x {hidden} of {vocab}",
+        op=embedding.OP,
+        inputs=inputs,
+        work={"forward": 2 * tokens * row, "backward": (tokens + vocab) * row},
+    )
+
+
+def _optimizer(kind: str, layers: int, shrink: int) -> Case:
+    """What one of eight processes holds of so many layers of an 8B model; torch's fused kernel beside it."""
+    matrices = [(rows // shrink, 4096) for rows in (512, 128, 128, 512, 1792, 1792, 1792)]
+    shapes = layers * [*matrices, (512,), (512,)]
+
+    def inputs(device: torch.device) -> list[Any]:
+        names = ("param", "grad", "exp_avg", "exp_avg_sq")
+        parts = [Part(**{name: torch.rand(shape, device=device) for name in names}) for shape in shapes]
+        one = torch.ones((), device=device)
+        now = Now(lr=1e-4, step=one, grad_scale=one, skip=one < 0)
+        hyper = Hyper(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+        return [parts, now, hyper, None if kind == "adamw" else lambda squares: squares]
+
+    count = sum(math.prod(shape) for shape in shapes)
+    return Case(
+        label=f"{kind} {count} in {len(shapes)}",
+        op=optimizer.OP,
         inputs=inputs,
         work={"forward": 28 * count},
         dtype=torch.float32,
@@ -157,6 +175,31 @@ def _cross_entropy(tokens: int, vocab: int) -> Case:
         inputs=inputs,
         work={"forward": 2 * tokens * vocab, "both": 6 * tokens * vocab},
         peers={"liger": _liger_cross_entropy},
+    )
+
+
+def _vocabulary_statistics(tokens: int, vocab: int) -> Case:
+    """An eighth of a vocabulary; the loss of the labels in it stands for what other processes add."""
+
+    def wrap(statistics: Callable[..., Any]) -> Implementation:
+        return lambda logits_Nv, labels_N: torch.sub(*statistics(logits_Nv, labels_N, 0)).sum()
+
+    return Case(
+        label=f"vocabulary_statistics {tokens} x {vocab}",
+        op=_wrapped(vocabulary_statistics.OP, wrap),
+        inputs=lambda device: [_leaf(device, tokens, vocab), torch.randint(8 * vocab, (tokens,), device=device)],
+        work={"forward": 2 * tokens * vocab, "both": 6 * tokens * vocab},
+    )
+
+
+def _linear(tokens: int, depth: int, width: int) -> Case:
+    return Case(
+        label=f"linear {tokens} x {depth} x {width}",
+        op=linear.OP,
+        inputs=lambda device: [_leaf(device, tokens, depth), _leaf(device, width, depth)],
+        work={"forward": 2 * tokens * depth * width, "backward": 4 * tokens * depth * width},
+        unit=PRODUCT,
+        sizes={"hidden_size": depth, "intermediate_size": width},
     )
 
 
@@ -192,20 +235,18 @@ def _attention(total: int, tokens: int, head_dim: int, *, documents: int, window
     label = f"attention d{head_dim} {batch} x {tokens}" + (f" documents={documents}" if documents > 1 else "")
     return Case(
         label=label + (f" window={window}" if window else ""),
-        op=Op(
-            name="attention",
-            reference=partial(attention.sdpa, window=window),
-            candidates=tuple(
-                type(c)(name=c.name, function=partial(c.function, window=window), unsupported=c.unsupported)
-                for c in attention.OP.candidates
-            ),
-        ),
+        op=_wrapped(replace(attention.OP, reference=attention.sdpa), lambda function: partial(function, window=window)),
         inputs=inputs,
         work={"forward": product, "backward": 2.5 * product},
         unit=PRODUCT,
         peers={"cudnn": lambda: _cudnn, "fa4": _fa4} if whole else {},
         sizes={"head_dim": head_dim},
     )
+
+
+def _wrapped(op: Op, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Op:
+    candidates = tuple(replace(candidate, function=wrap(candidate.function)) for candidate in op.candidates)
+    return replace(op, reference=wrap(op.reference), candidates=candidates)
 
 
 def _leaf(device: torch.device, *shape: int) -> torch.Tensor:

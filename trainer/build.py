@@ -31,7 +31,7 @@ from shardwright.parallel.world import World, use_deterministic_algorithms
 from shardwright.trainer.engine import Engine
 from shardwright.trainer.guards import lock_folder
 from shardwright.trainer.native import NativeEngine
-from shardwright.trainer.optim import make_optimizer
+from shardwright.trainer.optim import Optimizer
 from shardwright.trainer.resume import DataPosition, Progress, find_candidates, restore
 from shardwright.trainer.saves import open_memory
 
@@ -66,6 +66,7 @@ class Prepared:
     world: World
     mesh: Mesh
     share: Share
+    kernels: Kernels
     model: nn.Module
     layout: Layout
     text: Text
@@ -93,6 +94,7 @@ def prepare(config: TrainConfig) -> Prepared:
         world=world,
         mesh=mesh,
         share=share,
+        kernels=kernels,
         model=model,
         layout=lay_out(model, plan, mesh, config),
         compute_dtype=dtype,
@@ -129,7 +131,7 @@ def build(config: TrainConfig, plain_config: dict[str, Any]) -> Run:
         mesh = ready.mesh.start(world.device.type)
         num_parameters = sum(p.numel() for p in ready.model.parameters())
         model = apply(ready.model, ready.layout, mesh, config, device=world.device, compute_dtype=ready.compute_dtype)
-        optimizer = make_optimizer(config.optim, model)
+        optimizer = Optimizer(config.optim, model, ready.kernels.optimizer)
         engine = NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
         progress = Progress(wandb_id=secrets.token_hex(4), config=plain_config)
         data_position = DataPosition(Position.start(config.train.global_batch_sequences))

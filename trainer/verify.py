@@ -21,14 +21,14 @@ from shardwright.conf.load import from_dict, to_dict
 from shardwright.conf.schema import TrainConfig
 from shardwright.data.loader import Share
 from shardwright.data.pack import Batch, Document, Packed, pack, stack
-from shardwright.kernels import select
+from shardwright.kernels import Kernels, select
 from shardwright.parallel.apply import Layout, apply, lay_out
 from shardwright.parallel.mesh import AXES, Mesh
 from shardwright.parallel.world import World
 from shardwright.trainer.build import make_plain_model, plan_share
 from shardwright.trainer.engine import StepResult, StepValues
 from shardwright.trainer.native import NativeEngine
-from shardwright.trainer.optim import make_optimizer
+from shardwright.trainer.optim import Optimizer
 
 NUM_STEPS = 3
 TOLERANCE = 1e-5  # greatest relative difference that passes
@@ -140,6 +140,7 @@ class Subject:
     config: TrainConfig
     mesh: Mesh
     share: Share
+    kernels: Kernels
     model: nn.Module
     layout: Layout
     device: torch.device
@@ -154,11 +155,10 @@ class Subject:
         mesh = Mesh.of(config.parallel, num_processes=num_processes, rank=rank)
         share = plan_share(config, mesh)
         sizes = config.model.kernel_sizes
-        model, plan = make_plain_model(
-            config, select(config.kernels, device=device.type, dtype=torch.float32, sizes=sizes)
-        )
+        kernels = select(config.kernels, device=device.type, dtype=torch.float32, sizes=sizes)
+        model, plan = make_plain_model(config, kernels)
         layout = lay_out(model, plan, mesh, config)
-        return cls(config=config, mesh=mesh, share=share, model=model, layout=layout, device=device)
+        return cls(config=config, mesh=mesh, share=share, kernels=kernels, model=model, layout=layout, device=device)
 
 
 def synthetic_batches(seed: int, step: int, share: Share, vocab_size: int) -> list[Batch]:
@@ -201,7 +201,8 @@ def _train(subject: Subject, num_steps: int) -> _Record:
     """Train a layout from its initial values (collective, if the mesh is live)."""
     config, mesh, device = subject.config, subject.mesh, subject.device
     model = apply(subject.model, subject.layout, mesh, config, device=device, compute_dtype=torch.float32)
-    engine = NativeEngine(model, make_optimizer(config.optim, model), mesh, device, config.optim.max_grad_norm)
+    optimizer = Optimizer(config.optim, model, subject.kernels.optimizer)
+    engine = NativeEngine(model, optimizer, mesh, device, config.optim.max_grad_norm)
     backward, gradients, values = engine.backward, [], []
 
     def watched(batches: Sequence[Batch]) -> StepResult:

@@ -18,7 +18,6 @@ Source: arXiv 2407.08608.
 
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from shardwright.kernels.gluon.hopper import (
+    VARIANTS,
     Units,
     advance,
     aggregate,
@@ -41,17 +41,18 @@ from shardwright.kernels.gluon.hopper import (
     head_of,
     load,
     longest_first,
+    meet,
+    pass_by,
     place,
+    processors,
     ragged,
     rounds,
-    settle,
     store,
     tile,
 )
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import launch_kernel
-from shardwright.kernels.triton.ptxas import hazard
 
 LN2 = gl.constexpr(math.log(2))
 HIDDEN = gl.constexpr(float("-inf"))  # score of a key that a query does not see
@@ -59,38 +60,15 @@ LOWEST = gl.constexpr(-1.0e30)  # what a row's highest score is at least, as it 
 ROWS = gl.constexpr(64)  # queries of a warpgroup
 
 
-def _config(consumers: int, stages: int, persistent: int, settled: int = 1) -> Config:
-    """Return a configuration: warpgroups, blocks of keys in flight, whether programs go on, and see `settle`."""
-    blocks = {"BLOCK_N": 128, "CONSUMERS": consumers, "STAGES": stages, "PERSISTENT": persistent, "SETTLED": settled}
+def _config(consumers: int, stages: int, turns: int) -> Config:
+    """Return a configuration: warpgroups, blocks of keys in flight, and whether warpgroups take turns."""
+    blocks = {"BLOCK_N": 128, "CONSUMERS": consumers, "STAGES": stages, "TURNS": turns}
     return Config(blocks=blocks, num_warps=4, num_stages=1)
 
 
-CONFIGS = {
-    128: (_config(2, 2, 1), _config(2, 2, 0), _config(2, 2, 1, 0)),
-    64: (_config(3, 3, 1), _config(3, 3, 0), _config(2, 3, 1), _config(2, 3, 0), _config(3, 3, 1, 0)),
-}
+CONFIGS = {128: (_config(2, 2, 0), _config(2, 2, 1)), 64: (_config(3, 3, 1),)}
 _REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
-_CACHED_BYTES = 32 * 2**20  # keys and values that stay in the second-level cache together
-
-
-def unsupported(dim: int, dtype: torch.dtype, scores: Scores, capability: tuple[int, int]) -> str | None:
-    """Return why the kernel cannot do something, or None.
-
-    Args:
-        dim: head size.
-        dtype: of queries, keys and values.
-        scores: how they are made.
-        capability: compute capability of the GPU.
-    """
-    if capability[0] != 9:
-        return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
-    if dim not in CONFIGS:
-        return f"head_dim={dim}: it has {' and '.join(map(str, sorted(CONFIGS)))}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return "needs bf16 or fp16"
-    if scores.softcap is not None:
-        return f"softcap={scores.softcap}: it has none"
-    return hazard(capability)
+_CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
 
 
 def forward(
@@ -118,8 +96,7 @@ def forward(
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     block = ROWS.value * config.blocks["CONSUMERS"]
     tiles = longest_first(documents, block, scores.causal)
-    units = len(tiles) * heads
-    grid = min(units, _processors(q.device)) if config.blocks["PERSISTENT"] else units
+    grid = min(len(tiles) * heads, processors(q.device))
     launch_kernel(
         _forward_kernel,
         (grid,),
@@ -164,14 +141,13 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
     }
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @aggregate
 class _Shared:
-    """Buffers and their barriers: `full` when loaded, `empty` when every reader is through with them."""
+    """Buffers and their barriers: `full` when loaded, `empty` when every reader is through with them.
+
+    That keys and values have been read is said by barriers by number, see `_by_number`: to arrive there takes no
+    synchronisation of the warpgroup.
+    """
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -180,9 +156,7 @@ class _Shared:
     q_full: gl.shared_memory_descriptor
     q_empty: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
-    k_empty: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
-    v_empty: gl.shared_memory_descriptor
 
 
 @aggregate
@@ -196,9 +170,42 @@ class _Work:
     BLOCK_N: gl.constexpr
     CONSUMERS: gl.constexpr
     STAGES: gl.constexpr
-    SETTLED: gl.constexpr
+    TURNS: gl.constexpr  # warpgroups begin their products one after the other
     CAUSAL: gl.constexpr
     WINDOWED: gl.constexpr
+
+
+@gluon.jit
+def _by_number(work, slot, VALUES: gl.constexpr):
+    """Return the number of the barrier that says that a slot's keys, or values, are free; the last are for turns."""
+    FIRST: gl.constexpr = 16 - (work.CONSUMERS if work.TURNS else 0) - (2 - VALUES) * work.STAGES
+    return slot + FIRST
+
+
+@gluon.jit
+def _release(work, slot, VALUES: gl.constexpr):
+    """Tell the producer that a warpgroup is through with the keys, or values, of a slot."""
+    pass_by(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
+
+
+@gluon.jit
+def _await_room(work, slot, VALUES: gl.constexpr):
+    """Wait until all warpgroups are through with the keys, or values, of a slot."""
+    meet(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
+
+
+@gluon.jit
+def _await_turn(work, CONSUMER: gl.constexpr):
+    """Wait, if warpgroups take turns, until it is this one's."""
+    if work.TURNS:
+        meet(16 - work.CONSUMERS + CONSUMER, 256)
+
+
+@gluon.jit
+def _pass_turn(work, CONSUMER: gl.constexpr):
+    """Pass the turn on to the next warpgroup."""
+    if work.TURNS:
+        pass_by(16 - work.CONSUMERS + (CONSUMER + 1) % work.CONSUMERS, 256)
 
 
 @gluon.jit
@@ -250,19 +257,21 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
                 mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
                 _load_tile(q_desc, shared.q_full, i, shared.q, begin + i * ROWS, end, head * work.DIM)
             turn = turn ^ 1
-            mbarrier.wait(shared.k_empty.index(slot), phase ^ 1)
+            _await_room(work, slot, 0)
             _load_tile(k_desc, shared.k_full, slot, shared.k, row, end, column)
             for _ in range(1, count):
                 next_slot, next_phase = advance(slot, phase, STAGES)
-                mbarrier.wait(shared.k_empty.index(next_slot), next_phase ^ 1)
+                _await_room(work, next_slot, 0)
                 _load_tile(k_desc, shared.k_full, next_slot, shared.k, row - work.BLOCK_N, end, column)
-                mbarrier.wait(shared.v_empty.index(slot), phase ^ 1)
+                _await_room(work, slot, 1)
                 _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
                 slot, phase = next_slot, next_phase
                 row -= work.BLOCK_N
-            mbarrier.wait(shared.v_empty.index(slot), phase ^ 1)
+            _await_room(work, slot, 1)
             _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
             slot, phase = advance(slot, phase, STAGES)
+    for number in gl.static_range(2 * STAGES):  # no arrival is left over
+        _await_room(work, number, 0)
 
 
 @gluon.jit
@@ -288,9 +297,12 @@ def _mask(scores, work, ahead):
 
 
 @gluon.jit
-def _highest(scores):
-    """Return the highest score of every row."""
-    return gl.max(gl.max(scores, 1), 1)
+def _is_edge(work, i, bare_first, bare_last):
+    """Return whether a block after the first needs a mask."""
+    edge = i < bare_first
+    if work.WINDOWED:
+        edge = edge | (i >= bare_last)
+    return edge
 
 
 @gluon.jit
@@ -342,6 +354,10 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
     turn = 0
     each, steps = rounds(work.units)
     begin, start, end = tile(work.units, 0, each, steps)
+    for number in gl.static_range(2 * work.STAGES):
+        _release(work, number, 0)
+    if CONSUMER == work.CONSUMERS - 1:
+        _pass_turn(work, CONSUMER)
     for step in range(steps):
         next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
         if begin < end:
@@ -354,9 +370,9 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
             nothing = gl.zeros([ROWS, work.BLOCK_N], gl.float32, SCORES)
             scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(shared.k_empty.index(slot), count=1)
+            _release(work, slot, 0)
             scores = _mask(scores.reshape(GROUPS), work, ahead)
-            top = gl.maximum(_highest(scores) * factor, LOWEST)
+            top = gl.maximum(gl.max(gl.max(scores, 1), 1) * factor, LOWEST)
             weights, total = _exponentiate(scores, top, factor)
             weights = _operand(weights, work, dtype, OPERAND)
             acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
@@ -366,27 +382,24 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
                 k = shared.k.index(k_slot).reshape([work.BLOCK_N, work.DIM])
                 v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
                 mbarrier.wait(shared.k_full.index(k_slot), k_phase)
+                _await_turn(work, CONSUMER)
                 scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 mbarrier.wait(shared.v_full.index(slot), phase)
                 acc = warpgroup_mma(weights, v, acc, is_async=True)
+                _pass_turn(work, CONSUMER)
                 scores = warpgroup_mma_wait(1, deps=[scores])
-                mbarrier.arrive(shared.k_empty.index(k_slot), count=1)
+                _release(work, k_slot, 0)
                 scores = scores.reshape(GROUPS)
-                if EDGES:
-                    edge = i < bare_first
-                    if work.WINDOWED:
-                        edge = edge | (i >= bare_last)
-                    if edge:
+                if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
+                    if _is_edge(work, i, bare_first, bare_last):
                         scores = _mask(scores, work, ahead)
-                higher = gl.maximum(top, _highest(scores) * factor)
+                higher = gl.maximum(top, gl.max(gl.max(scores, 1), 1) * factor)
                 fresh, part = _exponentiate(scores, higher, factor)
                 decay = gl.exp2(top - higher)
                 total = total * gl.expand_dims(decay, 1) + part
-                if work.SETTLED:
-                    total = settle(total)
                 top = higher
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(shared.v_empty.index(slot), count=1)
+                _release(work, slot, 1)
                 acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1)
                 weights = _operand(fresh, work, dtype, OPERAND)
                 slot, phase = k_slot, k_phase
@@ -399,11 +412,13 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
             head = head_of(work.units, step, each)
             _store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(shared.v_empty.index(slot), count=1)
+            _release(work, slot, 1)
             slot, phase = advance(slot, phase, work.STAGES)
             turn = turn ^ 1
             _store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
         begin, start, end = next_begin, next_start, next_end
+    if CONSUMER == 0:  # no arrival is left over
+        _await_turn(work, CONSUMER)
     tma.store_wait(0)
 
 
@@ -429,8 +444,7 @@ def _forward_kernel(  # noqa: PLR0913
     BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    PERSISTENT: gl.constexpr,
-    SETTLED: gl.constexpr,
+    TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """Attend from all units that fall to this program."""
@@ -443,12 +457,10 @@ def _forward_kernel(  # noqa: PLR0913
         barriers(CONSUMERS, 1),
         barriers(CONSUMERS, 1),
         barriers(STAGES, 1),
-        barriers(STAGES, CONSUMERS),
         barriers(STAGES, 1),
-        barriers(STAGES, CONSUMERS),
     )
-    units = Units(tiles, num_tiles, heads, chunk, stretch, PERSISTENT)
-    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, SETTLED, CAUSAL, WINDOWED)
+    units = Units(tiles, num_tiles, heads, chunk, stretch)
+    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
     fence_async_shared()
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -473,18 +485,10 @@ def _forward_kernel(  # noqa: PLR0913
         )
 
 
-_VARIANTS = (
-    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16),
-    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.float16),
-    ("full", Scores(scale=0.1, softcap=None, causal=False, window=None), torch.bfloat16),
-    ("window", Scores(scale=0.1, softcap=None, causal=True, window=1024), torch.bfloat16),
-)
-
-
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
     """Yield label, kernel, arguments and keyword arguments of everything that a compiler should be tried on."""
     integers = torch.empty(48, dtype=torch.int32)
-    for name, scores, dtype in _VARIANTS:
+    for name, scores, dtype in VARIANTS:
         for dim, configs in CONFIGS.items():
             x, lse = torch.empty((256, 4, dim), dtype=dtype), torch.empty((4, 256))
             for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:

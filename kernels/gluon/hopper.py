@@ -24,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import core
 
-from shardwright.kernels.triton.attention_forward import Documents
+from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.launch import cdiv, launch_kernel
+from shardwright.kernels.triton.ptxas import hazard
 
 # Triton 3.9 renamed both, and 3.6 knows the older names only.
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -34,6 +35,29 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 ROWS = gl.constexpr(2**30)  # the bound of a ragged descriptor's rows
 _WRAP = 2**34  # times ROWS, and at least one byte an element: 0 modulo 2^64
 _LARGEST = 0x7FFF0000  # a bound that no token reaches
+
+
+HEAD_SIZES = (64, 128)
+
+
+def unsupported(dim: int, dtype: torch.dtype, scores: Scores, capability: tuple[int, int]) -> str | None:
+    """Return why the kernel cannot do something, or None.
+
+    Args:
+        dim: head size.
+        dtype: of queries, keys and values.
+        scores: how they are made.
+        capability: compute capability of the GPU.
+    """
+    if capability[0] != 9:
+        return f"needs compute capability 9.0, this is {capability[0]}.{capability[1]}"
+    if dim not in HEAD_SIZES:
+        return f"head_dim={dim}: it has {' and '.join(map(str, HEAD_SIZES))}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "needs bf16 or fp16"
+    if scores.softcap is not None:
+        return f"softcap={scores.softcap}: it has none"
+    return hazard(capability)
 
 
 def aggregate(cls: type) -> Any:
@@ -61,6 +85,12 @@ def describable(x_PHD: torch.Tensor) -> torch.Tensor:
     adjacent = x_PHD.stride(2) == 1 and x_PHD.stride(1) == dim
     aligned = x_PHD.stride(0) * x_PHD.element_size() % 16 == 0 and x_PHD.data_ptr() % 16 == 0
     return x_PHD if adjacent and aligned else x_PHD.clone(memory_format=torch.contiguous_format)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ragged(x_PHD: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -146,30 +176,26 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def settle(sums):
-    """Return sums, four of a thread and none negative, and let no wait that follows come before them.
+def _named(instruction: gl.constexpr, number, threads):
+    code: gl.constexpr = instruction + " $1, $2; mov.b32 $0, 0;"
+    number, threads = gl.to_tensor(number), gl.to_tensor(threads)
+    gl.inline_asm_elementwise(code, "=r,r,r", [number, threads], dtype=gl.int32, is_pure=False, pack=1)
 
-    ptxas moves a wait for products up to where they were begun, as no number that it waits for is an operand of what
-    lies between; the tensor cores would then idle meanwhile. Here the warp's mask, always full, is made from the sums.
+
+@gluon.jit
+def meet(number, threads):
+    """Wait until so many threads of the program, these among them, have come to one of its 16 barriers by number.
+
+    Triton itself takes the first: one for each warpgroup, and one more. Unlike an arrival at a barrier in shared
+    memory, as Triton makes it, one by number does not wait for the warpgroup's other warps.
     """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred below;
-        .reg .f32 one, two;
-        .reg .b32 mask;
-        min.f32 one, $4, $5;
-        min.f32 two, $6, $7;
-        min.f32 one, one, two;
-        setp.lt.f32 below, one, 0f00000000;
-        selp.b32 mask, 0, -1, below;
-        bar.warp.sync mask;
-        }""",
-        "=f,=f,=f,=f,0,1,2,3",
-        [sums],
-        dtype=gl.float32,
-        is_pure=False,
-        pack=4,
-    )
+    _named("bar.sync", number, threads)
+
+
+@gluon.jit
+def pass_by(number, threads):
+    """Come to a barrier as in `meet`, and go on."""
+    _named("bar.arrive", number, threads)
 
 
 @aggregate
@@ -182,7 +208,6 @@ class Units:
         heads: H.
         chunk: heads of which programs take the same tile one after the other; it divides H.
         stretch: units that are dealt out evenly before the next; M times a multiple of the chunk that divides H.
-        PERSISTENT: programs are fewer than units, and each takes several.
     """
 
     tiles: gl.tensor
@@ -190,18 +215,13 @@ class Units:
     heads: gl.tensor
     chunk: gl.tensor
     stretch: gl.tensor
-    PERSISTENT: gl.constexpr
 
 
 @gluon.jit
 def rounds(units):
     """Return how many units a program looks at in a stretch, and in all."""
-    each = 1
-    steps = 1
-    if units.PERSISTENT:
-        each = gl.cdiv(units.stretch, gl.num_programs(0))
-        steps = each * (units.num_tiles * units.heads // units.stretch)
-    return each, steps
+    each = gl.cdiv(units.stretch, gl.num_programs(0))
+    return each, each * (units.num_tiles * units.heads // units.stretch)
 
 
 @gluon.jit
@@ -210,14 +230,10 @@ def _unit(units, step, each):
 
     Programs take turns in one order and then in the other, so that each gets long and short units alike.
     """
-    unit = gl.program_id(0)
-    exists = unit >= 0
-    if units.PERSISTENT:
-        programs = gl.num_programs(0)
-        within = step % each * programs + gl.where(step % 2 == 0, unit, programs - 1 - unit)
-        exists = within < units.stretch
-        unit = step // each * units.stretch + within
-    return unit, exists
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    within = step % each * programs + gl.where(step % 2 == 0, program, programs - 1 - program)
+    return step // each * units.stretch + within, within < units.stretch
 
 
 @gluon.jit
@@ -237,6 +253,14 @@ def tile(units, step, each, steps):
     start = gl.load(row + 1, mask=exists, other=0)
     end = gl.load(row + 2, mask=exists, other=0)
     return begin, start, end
+
+
+VARIANTS = (
+    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16),
+    ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.float16),
+    ("full", Scores(scale=0.1, softcap=None, causal=False, window=None), torch.bfloat16),
+    ("window", Scores(scale=0.1, softcap=None, causal=True, window=1024), torch.bfloat16),
+)  # to compile
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:

@@ -101,7 +101,9 @@ def _gluon() -> tuple[Any, Any]:
 def _gluon_refusal(q: torch.Tensor, scores: Scores) -> str | None:
     if not q.is_cuda:
         return "it needs a GPU"
-    return _gluon()[0].unsupported(q.shape[-1], q.dtype, scores, torch.cuda.get_device_capability(q.device))
+    from shardwright.kernels.gluon.hopper import unsupported
+
+    return unsupported(q.shape[-1], q.dtype, scores, torch.cuda.get_device_capability(q.device))
 
 
 def _scores(longest: int, window: int | None, causal: bool, softcap: float | None, scale: float) -> Scores:

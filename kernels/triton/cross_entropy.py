@@ -41,17 +41,17 @@ def loss_rows(  # noqa: PLR0913
     labels,
     losses,
     lse,
-    wanted,
     stride,
     columns,
     first,
+    SHARD: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row: its loss and log-sum-exp, then with GRADIENT softmax - one-hot in place of it.
 
-    With `wanted`, of a shard of the vocabulary that begins at `first`: greatest logit (to `losses`), sum of the
-    exponentials relative to it (to `lse`), and the label's logit, 0 where it is elsewhere.
+    With SHARD, of a part of the vocabulary that begins at `first`: in place of the loss the label's logit, 0 where it
+    is elsewhere.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -67,61 +67,64 @@ def loss_rows(  # noqa: PLR0913
         higher = tl.maximum(greatest, tl.max(x, 0))
         total = total * tl.exp2((greatest - higher) * _LOG2E) + tl.sum(tl.exp2((x - higher) * _LOG2E), 0)
         greatest = higher
-    if wanted is not None:
-        tl.store(losses + row, greatest)
-        tl.store(lse + row, total)
-        tl.store(wanted + row, target)
+    normaliser = greatest + tl.log(total)
+    tl.store(lse + row, normaliser)
+    if SHARD:
+        tl.store(losses + row, target)
     else:
-        normaliser = greatest + tl.log(total)
         loss = tl.where(found, normaliser - target, float("nan"))  # a label outside the vocabulary
         tl.store(losses + row, tl.where(counted, loss, 0.0))
-        tl.store(lse + row, normaliser)
         if GRADIENT:
             scale = tl.where(counted, 1.0, 0.0)
             blocks = tl.cdiv(columns, BLOCK)
             for back in range(0, blocks):  # what was read last is the likeliest to be in the cache still
                 column = (blocks - 1 - back) * BLOCK + lane
-                _descend(logits, logits, column, columns, normaliser, label, scale)
+                _descend(logits, logits, column, columns, normaliser, label, scale, scale)
 
 
 @triton.jit
-def _descend(logits, out, column, columns, normaliser, label, scale):
-    """Write scale * (softmax - one-hot); a scale of 0 gives 0, whatever the logits are."""
+def _descend(logits, out, column, columns, normaliser, label, scale, pull):
+    """Write scale * softmax - pull * one-hot; a scale of 0 gives 0 for the first, whatever the logits are."""
     x = tl.load(logits + column, column < columns, other=_PADDING).to(tl.float32)
-    excess = tl.exp2((x - normaliser) * _LOG2E) - tl.where(column == label, 1.0, 0.0)
-    gradient = tl.where(scale == 0.0, 0.0, excess * scale)
+    pulled = tl.where(column == label, -pull, 0.0)
+    gradient = tl.where(scale == 0.0, pulled, tl.exp2((x - normaliser) * _LOG2E) * scale + pulled)
     tl.store(out + column, gradient.to(out.dtype.element_ty), column < columns)
 
 
 @triton.jit
 def gradient_blocks(  # noqa: PLR0913
-    logits, labels, lse, grad, out, stride, out_stride, columns, first, BLOCK: tl.constexpr
+    logits, labels, lse, grad, grad_wanted, out, stride, out_stride, columns, first, BLOCK: tl.constexpr
 ):
-    """One block of columns of one row; `out` may be `logits`."""
+    """One block of columns of one row; `out` may be `logits`.
+
+    Of a shard, with the gradients of its log-sum-exp and of the label's logit; of a loss without the latter.
+    """
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label = tl.load(labels + row)
-    scale = tl.where(label != _IGNORED, tl.load(grad + row), 0.0)
+    scale = tl.load(grad + row)
+    if grad_wanted is not None:
+        pull = -tl.load(grad_wanted + row)
+    else:
+        scale = tl.where(label != _IGNORED, scale, 0.0)
+        pull = scale
     normaliser = tl.load(lse + row)
-    _descend(logits + row * stride, out + row * out_stride, column, columns, normaliser, label - first, scale)
+    _descend(logits + row * stride, out + row * out_stride, column, columns, normaliser, label - first, scale, pull)
 
 
 def launch_losses(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, *, in_place: bool = False, config: Config | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return losses [N] and log-sum-exps [N]; `in_place` turns the logits into the gradient of the summed losses."""
-    losses_N, lse_N = _empty(logits_NV, 2)
-    _launch_rows(logits_NV, labels_N, (losses_N, lse_N, None), 0, in_place, config)
-    return losses_N, lse_N
+    return _launch_rows(logits_NV, labels_N, 0, {"SHARD": False, "GRADIENT": in_place}, config)
 
 
 def launch_shard(
     logits_Nv: torch.Tensor, labels_N: torch.Tensor, first: int, config: Config | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See `shard_statistics`."""
-    greatest_N, total_N, wanted_N = _empty(logits_Nv, 3)
-    _launch_rows(logits_Nv, labels_N, (greatest_N, total_N, wanted_N), first, False, config)
-    return greatest_N, total_N, wanted_N
+    wanted_N, lse_N = _launch_rows(logits_Nv, labels_N, first, {"SHARD": True, "GRADIENT": False}, config)
+    return lse_N, wanted_N
 
 
 def launch_gradient(
@@ -129,11 +132,12 @@ def launch_gradient(
     labels_N: torch.Tensor,
     lse_N: torch.Tensor,
     grad_N: torch.Tensor,
+    grad_wanted_N: torch.Tensor | None,
     out_Nv: torch.Tensor,
     first: int,
     config: Config | None = None,
-) -> None:
-    """Write the gradient of the logits to `out_Nv`, which may be `logits_Nv`."""
+) -> torch.Tensor:
+    """Write the gradient of the logits to `out_Nv`, which may be `logits_Nv`, and return it."""
     rows, columns = logits_Nv.shape
     config = config or pick("cross_entropy_gradient", f"columns={columns}", lambda: GRADIENT_CONFIGS, logits_Nv.device)
     launch_kernel(
@@ -143,6 +147,7 @@ def launch_gradient(
         labels_N.contiguous(),
         lse_N.contiguous(),
         grad_N.contiguous(),
+        None if grad_wanted_N is None else grad_wanted_N.contiguous(),
         out_Nv,
         logits_Nv.stride(0),
         out_Nv.stride(0),
@@ -150,27 +155,21 @@ def launch_gradient(
         first,
         **config.arguments,
     )
+    return out_Nv
 
 
-def _launch_rows(logits, labels, outs, first, gradient, config):
-    columns = logits.shape[1]
+def _launch_rows(logits, labels, first, kind, config):
+    rows, columns = logits.shape
     config = config or pick("cross_entropy", f"columns={columns}", lambda: CONFIGS, logits.device)
-    launch_kernel(
-        loss_rows,
-        (logits.shape[0],),
-        logits,
-        labels.contiguous(),
-        *outs,
-        logits.stride(0),
-        columns,
-        first,
-        GRADIENT=gradient,
-        **config.arguments,
-    )
+    outs = _two_per_row(logits)
+    args = (logits, labels.contiguous(), *outs, logits.stride(0), columns, first)
+    launch_kernel(loss_rows, (rows,), *args, **kind, **config.arguments)
+    return outs
 
 
-def _empty(logits_NV: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty(logits_NV.shape[:1], dtype=torch.float32, device=logits_NV.device) for _ in range(count))
+def _two_per_row(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = logits_NV.shape[0]
+    return logits_NV.new_empty(rows, dtype=torch.float32), logits_NV.new_empty(rows, dtype=torch.float32)
 
 
 def _dense_rows(logits_NV: torch.Tensor) -> torch.Tensor:
@@ -184,36 +183,43 @@ def _losses_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor,
 
 def _losses_backward(ctx: Any, grad_N: torch.Tensor, _: Any) -> tuple[torch.Tensor, None]:
     logits_NV, labels_N, lse_N = ctx.saved_tensors
-    return gradient(logits_NV, labels_N, lse_N, grad_N), None
+    return _gradient(logits_NV, labels_N, lse_N, grad_N, None, 0), None
 
 
-def _launch_new_gradient(logits_Nv, labels_N, lse_N, grad_N, first):
-    out_Nv = torch.empty_like(logits_Nv)
-    launch_gradient(logits_Nv, labels_N, lse_N, grad_N, out_Nv, first)
-    return out_Nv
+def _shard_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits_Nv, labels_N, ctx.first = inputs
+    ctx.save_for_backward(logits_Nv, labels_N, output[0])
+
+
+def _shard_backward(ctx: Any, grad_N: torch.Tensor, grad_wanted_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    logits_Nv, labels_N, lse_N = ctx.saved_tensors
+    args = (logits_Nv, labels_N, lse_N, grad_N, grad_wanted_N)
+    if logits_Nv.is_leaf or type(logits_Nv) is not torch.Tensor:  # a traced backward must not write to its inputs
+        return _gradient(*args, ctx.first), None, None
+    launch_gradient(*args, logits_Nv, ctx.first)
+    torch.autograd.graph.increment_version(logits_Nv)  # so that torch refuses a second backward
+    return logits_Nv, None, None
 
 
 _losses = operator(
     "cross_entropy(Tensor logits, Tensor labels) -> (Tensor, Tensor)",
     launch_losses,
-    lambda logits, labels: _empty(logits, 2),
+    lambda logits, labels: _two_per_row(logits),
     backward=_losses_backward,
     setup_context=_losses_setup,
 )
 _shard = operator(
-    "cross_entropy_shard(Tensor logits, Tensor labels, int first) -> (Tensor, Tensor, Tensor)",
+    "cross_entropy_shard(Tensor logits, Tensor labels, int first) -> (Tensor, Tensor)",
     launch_shard,
-    lambda logits, labels, first: _empty(logits, 3),
+    lambda logits, labels, first: _two_per_row(logits),
+    backward=_shard_backward,
+    setup_context=_shard_setup,
 )
 _gradient = operator(
-    "cross_entropy_gradient(Tensor logits, Tensor labels, Tensor lse, Tensor grad, int first) -> Tensor",
-    _launch_new_gradient,
+    "cross_entropy_gradient(Tensor logits, Tensor labels, Tensor lse, Tensor grad, Tensor? grad_wanted, int first)"
+    " -> Tensor",
+    lambda *args: launch_gradient(*args[:5], torch.empty_like(args[0]), args[5]),
     lambda logits, *_: torch.empty_like(logits),
-)
-_gradient_in_place = operator(
-    "cross_entropy_gradient_(Tensor(a!) logits, Tensor labels, Tensor lse, Tensor grad, int first) -> ()",
-    lambda logits, labels, lse, grad, first: launch_gradient(logits, labels, lse, grad, logits, first),
-    lambda *_: None,
 )
 
 
@@ -229,44 +235,17 @@ def cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> tuple[torc
     return _losses(_dense_rows(logits_NV), labels_N)
 
 
-def shard_statistics(
-    logits_Nv: torch.Tensor, labels_N: torch.Tensor, first: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a loss over a vocabulary split over processes needs of one of them, float32 [N] each.
+def shard_statistics(logits_Nv: torch.Tensor, labels_N: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-sum-exp of each row and the logit of its label, 0 where that is elsewhere, float32 [N].
 
-    The greatest logit m, the sum s of exp(logit - m), and the label's logit t, 0 if another process has it. With M the
-    maximum of m over processes, the loss is log(sum of s * exp(m - M)) + M - (sum of t), and the log-sum-exp the first
-    two summands.
+    Backward can run once: it turns the logits into their gradient in place, unless they are a leaf of the graph.
 
     Args:
-        logits_Nv: of the tokens for the vocabulary from `first` on.
+        logits_Nv: of the tokens for the part of the vocabulary that begins at `first`.
         labels_N: int64, in the whole vocabulary.
-        first: where this process's part of the vocabulary begins.
+        first: where this part of the vocabulary begins.
     """
     return _shard(_dense_rows(logits_Nv), labels_N, first)
-
-
-def gradient(
-    logits_Nv: torch.Tensor, labels_N: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor, first: int = 0
-) -> torch.Tensor:
-    """Return (softmax - one-hot) * grad, 0 for ignored tokens, in the dtype of the logits.
-
-    Args:
-        logits_Nv: of the tokens for the vocabulary, or for a process's part of it.
-        labels_N: int64, in the whole vocabulary.
-        lse_N: log-sum-exp over the whole vocabulary, float32.
-        grad_N: gradient of each token's loss, float32.
-        first: where this process's part of the vocabulary begins.
-    """
-    return _gradient(_dense_rows(logits_Nv), labels_N, lse_N, grad_N, first)
-
-
-def gradient_(
-    logits_Nv: torch.Tensor, labels_N: torch.Tensor, lse_N: torch.Tensor, grad_N: torch.Tensor, first: int = 0
-) -> torch.Tensor:
-    """As `gradient`, in place of the logits, whose rows have to be dense."""
-    _gradient_in_place(logits_Nv, labels_N, lse_N, grad_N, first)
-    return logits_Nv
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
@@ -279,21 +258,21 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     for dtype, columns in ((torch.float16, 128256), (torch.float32, 128256), (torch.bfloat16, 50257)):
         yield _rows_compilation("losses and gradient", dtype, columns, CONFIGS[0])
         yield _gradient_compilation(dtype, columns, GRADIENT_CONFIGS[0])
+    yield _gradient_compilation(torch.bfloat16, 16032, GRADIENT_CONFIGS[0], shard=True)
 
 
 def _rows_compilation(kind: str, dtype: torch.dtype, columns: int, config: Config):
     logits, labels = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.int64)
-    per_token = torch.empty(16)
-    outs = (per_token, per_token, per_token if kind == "shard" else None)
-    args = (logits, labels, *outs, columns, columns, 0)
-    kwargs = {"GRADIENT": kind == "losses and gradient", **config.arguments}
+    args = (logits, labels, torch.empty(16), torch.empty(16), columns, columns, 0)
+    kwargs = {"SHARD": kind == "shard", "GRADIENT": kind == "losses and gradient", **config.arguments}
     return _label(f"cross_entropy {kind}", dtype, columns, config), loss_rows, args, kwargs
 
 
-def _gradient_compilation(dtype: torch.dtype, columns: int, config: Config):
+def _gradient_compilation(dtype: torch.dtype, columns: int, config: Config, *, shard: bool = False):
     logits, labels, per_token = torch.empty(16, dtype=dtype), torch.empty(16, dtype=torch.int64), torch.empty(16)
-    args = (logits, labels, per_token, per_token, logits, columns, columns, columns, 0)
-    return _label("cross_entropy_gradient", dtype, columns, config), gradient_blocks, args, config.arguments
+    args = (logits, labels, per_token, per_token, per_token if shard else None, logits, columns, columns, columns, 0)
+    kernel = "cross_entropy_gradient shard" if shard else "cross_entropy_gradient"
+    return _label(kernel, dtype, columns, config), gradient_blocks, args, config.arguments
 
 
 def _label(kernel: str, dtype: torch.dtype, columns: int, config: Config) -> str:

@@ -68,6 +68,6 @@ def _kind(value: Any) -> Hashable:
         return value.dtype, value.data_ptr() % 16
     if isinstance(value, int):
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-    if hasattr(value, "block_shape"):  # a descriptor of Gluon
-        return value.base.dtype, tuple(value.block_shape), value.layout
+    if hasattr(value, "block_shape"):  # a descriptor; those of Gluon have a layout
+        return value.base.dtype, tuple(value.block_shape), getattr(value, "layout", None)
     return type(value)

@@ -9,15 +9,16 @@ A step that is not to be applied changes nothing, decided on the device. All sum
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from shardwright.kernels.optimizer import Hyper, Now, Part, SumSquares
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import operator
@@ -31,22 +32,6 @@ SUM_CONFIGS = tuple(Config(blocks={"BLOCK": block}, num_warps=warps) for block, 
 _ALIGNMENT = 16  # elements, of which a thread then takes several at once
 _MAX_PARTIALS = 1024  # of one tensor's square sum
 _SEGMENT_BLOCK = 1024  # partial sums that are added up at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyper:
-    """Adam's hyperparameters; weight decay is decoupled."""
-
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-
-    @property
-    def arguments(self) -> list[float]:
-        """What kernels take: differences from 1 would lose digits if they were made in float32."""
-        betas = (1 - self.beta1, math.log(self.beta1), 1 - self.beta2, math.log(self.beta2))
-        return [*betas, self.eps, self.weight_decay]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +430,31 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     The same bits every time: each of a fixed number of programs adds up its blocks, and one reduction their sums.
     """
     return _square_sum(list(tensors))
+
+
+def update_(parts: Sequence[Part], now: Now, hyper: Hyper, sum_squares: SumSquares | None) -> None:
+    """See `kernels.optimizer.reference`."""
+    lr, multiplier = torch.full_like(now.step, now.lr), now.grad_scale.reciprocal()
+    same = [lr, now.step, multiplier, now.skip], hyper.arguments
+    pairs = [([part.param, part.exp_avg, part.exp_avg_sq], part.grad.contiguous()) for part in parts]
+    if sum_squares is None:
+        for shard, grad in pairs:
+            _adamw(shard, grad, *same)
+        return
+    segments = [_one_segment(grad.numel(), grad.device) for _, grad in pairs]
+    squares = [
+        _lamb_moments(shard, grad, segment.tensors, *same, segment.launch)
+        for (shard, grad), segment in zip(pairs, segments, strict=True)
+    ]
+    whole = sum_squares(torch.cat(squares, 1).T).unsqueeze(-1)
+    for (shard, _), square, segment in zip(pairs, whole, segments, strict=True):
+        _lamb_apply(shard, square, segment.tensors, *same, segment.launch)
+
+
+@cache
+def _one_segment(length: int, device: torch.device) -> Segments:
+    """A tensor that is a shard of its own."""
+    return Segments([0, length], device)
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardwright.kernels import Kernels
-from shardwright.models.blocks import Attention, Context, FeedForward, RMSNorm, rotary_angles
+from shardwright.models.blocks import Attention, Context, Embedding, FeedForward, RMSNorm, rotary_angles
 
 if TYPE_CHECKING:
     from shardwright.conf.schema import LlamaConfig
@@ -58,7 +58,7 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig, kernels: Kernels) -> None:
         super().__init__()
         self.config, self.kernels = config, kernels
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, kernels)
         self.layers = nn.ModuleDict({str(i): Layer(config, kernels) for i in range(config.num_layers)})
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, kernels)
         self.head = None if config.tied_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)

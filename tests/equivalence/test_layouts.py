@@ -47,16 +47,16 @@ def test_reference_kernels_agree(corpus, tmp_path, oracle):
 
 def gradients(overrides):
     """Every parameter's gradient in step 1, taken before the update drops it."""
-    from shardwright.trainer.optim import AdamW
+    from shardwright.trainer.optim import Optimizer
 
-    found, inner = {}, AdamW.step
+    found, inner = {}, Optimizer.step
 
     def keep(self, **kwargs):
         for name, p in self._parameters.items():
             found.setdefault(name, (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone())
         return inner(self, **kwargs)
 
-    AdamW.step = keep
+    Optimizer.step = keep
     train([*overrides, "train.num_steps=1"])
     return {name: g.numpy() for name, g in found.items()}
 

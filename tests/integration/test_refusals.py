@@ -11,7 +11,12 @@ import pytest
 import torch.distributed as dist
 from support import command, fork, small, train
 
+from shardwright.conf.load import load_config
+from shardwright.kernels import Kernels
+from shardwright.parallel import Mesh, PlanError
+from shardwright.parallel.apply import lay_out
 from shardwright.scripts.train import main
+from shardwright.trainer.build import make_plain_model
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +203,11 @@ LAYOUTS = {
         ["parallel.tensor_overlap=chunked"],
         ["tensor_overlap=chunked", "no effect", "tensor=1"],
     ),
+    "fp8 and tensor": (
+        ["parallel.tensor=2", "kernels.linear=fp8_rowwise"],
+        ["kernels.linear=fp8_rowwise", "tensor=2", "auto"],
+    ),
+    "fp8 without a GPU": (["kernels.linear=fp8_blockwise"], ["kernels.linear=fp8_blockwise", "CUDA", "auto"]),
     "zero 3 and pipeline": (["parallel.pipeline=2", "parallel.zero=3"], ["zero=3", "pipeline=2", "use zero=2"]),
     "zero 1": (["parallel.zero=1"], ["parallel.zero=1", "2"]),
     "deeper than the model": (
@@ -254,3 +264,16 @@ def test_a_layout_is_refused_before_any_group_starts(tmp_path, name):
     text = error.read_text()
     check(text, words)
     assert text.count("Error: ") == 1 and not (tmp_path / "run").exists(), text
+
+
+@pytest.mark.parametrize("schedule", ["zb_h1", "{folder}/split.yaml"])
+def test_a_schedule_that_defers_weights_refuses_fp8(tmp_path, schedule):
+    (tmp_path / "split.yaml").write_text("stages: [0, 1]\nranks:\n  - 0F0 0I0 0W0\n  - 1F0 1I0 1W0\n")
+    schedule = schedule.replace("{folder}", str(tmp_path))
+    line = [*TABLE, f"parallel.pipeline_schedule={schedule}", "train.microbatch_sequences=1"]
+    config = load_config([*line, "kernels.linear=fp8_rowwise"])
+    mesh = Mesh.of(config.parallel, num_processes=2, rank=0)
+    with pytest.raises(PlanError, match=rf"fp8_rowwise .*{schedule} .*kernels.linear=auto, or 1f1b"):
+        lay_out(*make_plain_model(config, Kernels()), mesh, config)
+    plain = load_config(line)
+    assert lay_out(*make_plain_model(plain, Kernels()), mesh, plain).schedule.splits_backward

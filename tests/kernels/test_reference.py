@@ -1,6 +1,8 @@
 """Every implementation of an op equals its reference, and the reference its definition."""
 
 import math
+from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -115,8 +117,6 @@ def test_rope_turns_pairs_and_keeps_relative_positions():
 
 
 def test_rope_scaling_stretches_long_wavelengths_only():
-    from types import SimpleNamespace
-
     from shardwright.models.blocks import rotary_angles
 
     scaling = SimpleNamespace(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context_tokens=8192)
@@ -142,20 +142,17 @@ def test_swiglu_and_cross_entropy():
     torch.testing.assert_close(linear_cross_entropy.reference(hidden, weight, labels).double(), expected)
 
 
-class Wanted:
-    attention = rms_norm = rope = swiglu = linear_cross_entropy = "auto"
+def wanted(**names):
+    return SimpleNamespace(**{field.name: "auto" for field in fields(Kernels)} | names)
 
 
 def test_selection_names_what_cannot_run():
     on_cpu = dict(device="cpu", dtype=torch.float32, sizes={"head_dim": 64})
-    assert select(Wanted(), **on_cpu).attention is attention.sdpa
-    wanted = Wanted()
-    wanted.attention = "reference"
-    assert select(wanted, **on_cpu).attention is attention.reference
-    wanted.attention = "varlen"
+    assert select(wanted(), **on_cpu).attention is attention.sdpa
+    assert select(wanted(attention="reference"), **on_cpu).attention is attention.reference
     with pytest.raises(KernelError, match=r"kernels.attention=varlen cannot run here: needs a CUDA device; use auto"):
-        select(wanted, **on_cpu)
+        select(wanted(attention="varlen"), **on_cpu)
     assert Kernels().attention is attention.reference
     on_gpu = dict(device="cuda", dtype=torch.bfloat16, sizes={"head_dim": 128})
-    assert select(Wanted(), **on_gpu).attention is attention.varlen
-    assert select(Wanted(), **{**on_gpu, "dtype": torch.float32}).attention is attention.sdpa
+    assert select(wanted(), **on_gpu).attention is attention.varlen
+    assert select(wanted(), **{**on_gpu, "dtype": torch.float32}).attention is attention.sdpa

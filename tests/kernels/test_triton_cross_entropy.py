@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from support import fork
 
 from shardwright.kernels import linear_cross_entropy as op
+from shardwright.kernels import vocabulary_statistics
 from shardwright.kernels.linear_cross_entropy import IGNORED
 from shardwright.kernels.op import Situation
 from shardwright.kernels.triton import cross_entropy as ce
 from shardwright.kernels.triton import linear_cross_entropy as linear
+from shardwright.parallel.products import Unsplit
+from shardwright.parallel.vocabulary import VocabularyCrossEntropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -62,10 +67,9 @@ def test_every_config(config):
     logits, labels, _ = make(3, blocks + 7, torch.float16)
     ones = torch.ones(3, device=DEVICE)
     theirs, truth = plain(logits, labels, ones, torch.float32), exact(logits, labels, ones)
-    greatest, total, wanted = ce.launch_shard(logits, labels, 0, config)
-    assert torch.equal(greatest, logits.float().amax(-1))
-    assert torch.equal(wanted[1:], logits.float()[[1, 2], labels[1:]])
-    assert_twice(greatest + total.log(), theirs[1], truth[1])
+    lse, wanted = ce.launch_shard(logits, labels, 0, config)
+    assert wanted[0] == 0 and torch.equal(wanted[1:], logits.float()[[1, 2], labels[1:]])
+    assert_twice(lse, theirs[1], truth[1])
     losses, lse = ce.launch_losses(logits, labels, in_place=True, config=config)
     for ours in zip((losses, lse, logits), theirs, truth, strict=True):
         assert_twice(*ours)
@@ -75,29 +79,80 @@ def test_every_config(config):
 def test_every_config_of_the_gradient(config):
     logits, labels, grad = make(4, config.blocks["BLOCK"] + 7, torch.float16)
     theirs, truth = plain(logits, labels, grad, torch.float32), exact(logits, labels, grad)
-    out = torch.empty_like(logits)
-    ce.launch_gradient(logits, labels, truth[1].float(), grad, out, 0, config)
-    assert_twice(out, theirs[2], truth[2])
-    again = ce.gradient_(logits, labels, truth[1].float(), grad)
-    assert again is logits and torch.equal(again, out)
+    out, scale = torch.empty_like(logits), grad.masked_fill(labels == IGNORED, 0)
+    for grads in ((grad, None), (scale, -scale)):
+        ce.launch_gradient(logits, labels, truth[1].float(), *grads, out, 0, config)
+        assert_twice(out, theirs[2], truth[2])
+    ce.launch_gradient(logits, labels, truth[1].float(), scale, -scale, logits, 0, config)
+    assert torch.equal(logits, out)
 
 
+@pytest.mark.parametrize("statistics", [vocabulary_statistics.reference, vocabulary_statistics.fused])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_split_vocabulary_merges_to_the_whole(parts):
-    logits, labels, grad = make(7, 4 * 61, torch.float16)
-    shards = [shard.contiguous() for shard in logits.chunk(parts, -1)]
-    firsts = [i * shards[0].shape[1] for i in range(parts)]
-    greatest, total, wanted = (
-        torch.stack(x)
-        for x in zip(*(ce.shard_statistics(s, labels, f) for s, f in zip(shards, firsts, strict=True)), strict=True)
-    )
-    highest = greatest.amax(0)
-    lse = (total * (greatest - highest).exp()).sum(0).log() + highest
-    losses = (lse - wanted.sum(0)).masked_fill(labels == IGNORED, 0)
-    gradients = [ce.gradient(s, labels, lse, grad, f) for s, f in zip(shards, firsts, strict=True)]
-    ours = losses, lse, torch.cat(gradients, -1)
+def test_a_split_vocabulary_merges_to_the_whole(parts, dtype, statistics):
+    logits, labels, grad = make(7, 4 * 61, dtype)
+    shards = [shard.contiguous().requires_grad_() for shard in logits.chunk(parts, -1)]
+    width = shards[0].shape[1]
+    found = [statistics(shard * 1, labels, i * width) for i, shard in enumerate(shards)]
+    lse, wanted = torch.stack([f[0] for f in found]).logsumexp(0), torch.stack([f[1] for f in found]).sum(0)
+    losses = (lse - wanted).masked_fill(labels == IGNORED, 0)
+    losses.backward(grad)
+    ours = losses.detach(), lse.detach(), torch.cat([shard.grad for shard in shards], -1)
     for three in zip(ours, plain(logits, labels, grad, torch.float32), exact(logits, labels, grad), strict=True):
         assert_twice(*three)
+
+
+def in_a_tensor_group(statistics):
+    """Loss and gradient of this process's logits, the vocabulary split over two processes."""
+    dist.init_process_group("gloo")
+    logits, labels, _ = make(5, 2 * 70, torch.float32)
+    overlap = Unsplit(dist.group.WORLD)
+    leaf = logits.cpu().chunk(2, -1)[overlap.rank].clone().requires_grad_()
+    found = statistics(leaf * 1, labels.cpu(), 70 * overlap.rank)
+    loss = VocabularyCrossEntropy.apply(*found, labels.cpu(), overlap)
+    (loss * 0.25).backward()
+    dist.destroy_process_group()
+    return loss.item(), leaf.grad.numpy()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="needs kernels that are interpreted")
+@pytest.mark.parametrize("statistics", [vocabulary_statistics.reference, vocabulary_statistics.fused])
+def test_a_tensor_group_has_the_loss_of_the_whole(statistics):
+    logits, labels, _ = make(5, 2 * 70, torch.float32)
+    losses, _, gradient = exact(logits, labels, torch.full((5,), 0.25))
+    (first, left), (second, right) = fork(2, in_a_tensor_group, statistics)
+    assert first == second == pytest.approx(losses.sum().item(), rel=1e-6)
+    whole = torch.cat([torch.from_numpy(left), torch.from_numpy(right)], -1)
+    torch.testing.assert_close(whole.double(), gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_both_statistics_of_a_shard_have_gradients():
+    """Also where a shard has hardly any share in the probability, or the gradient is of one of them alone."""
+    logits, labels, grad = make(6, 130, torch.float32)
+    labels[:] = torch.tensor([10, 139, 140, 50, IGNORED, 9], device=DEVICE)  # of the part from 10 to 139
+    for by_lse, by_wanted in ((grad, grad), (grad * 0, grad), (grad, grad * 0)):
+        gradients = []
+        for statistics in (vocabulary_statistics.reference, vocabulary_statistics.fused):
+            leaf = logits.clone().requires_grad_()
+            lse, wanted = statistics(leaf * 1, labels, 10)
+            torch.autograd.backward((lse, wanted), (by_lse, by_wanted))
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+
+
+def test_the_gradient_of_a_shard_takes_the_place_of_its_logits():
+    logits, labels, grad = make(3, 90, torch.float32)
+    leaf = logits.requires_grad_()
+    made = leaf * 1
+    lse, _ = vocabulary_statistics.fused(made, labels, 0)
+    lse.backward(grad, retain_graph=True)
+    assert torch.equal(made, leaf.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        lse.backward(grad)
+    before = leaf.detach().clone()
+    vocabulary_statistics.fused(leaf, labels, 0)[0].backward(grad)
+    assert torch.equal(leaf, before), "a leaf is left as it is"
 
 
 def test_what_is_not_finite_stays_in_its_row():
@@ -126,8 +181,11 @@ def test_rows_and_labels_need_not_be_dense():
     expected = ce.cross_entropy(logits, labels)
     for view in (wide[:, :300], rows):
         assert all(torch.equal(a, b) for a, b in zip(ce.cross_entropy(view, spread), expected, strict=True))
-        gradient = ce.gradient(view, spread, expected[1], grad[:1].expand(6))
-        assert torch.equal(gradient, ce.gradient(logits, labels, expected[1], grad[:1].repeat(6)))
+        gradients = [
+            torch.autograd.grad(ce.cross_entropy(x.requires_grad_(), y)[0], x, g)[0]
+            for x, y, g in ((view, spread, grad[:1].expand(6)), (logits.detach(), labels, grad[:1].repeat(6)))
+        ]
+        assert torch.equal(*gradients)
 
 
 def run_linear(function, inputs, labels, factor=3.7):
@@ -209,6 +267,9 @@ def test_the_candidate_is_chosen_on_a_gpu():
     refuses = op.OP.candidates[0].unsupported
     assert refuses(Situation(device="cpu", dtype=torch.bfloat16)) == "needs a CUDA device"
     assert refuses(Situation(device="cuda", dtype=torch.float64)) == "needs bf16, fp16 or fp32"
+    statistics = vocabulary_statistics.OP
+    assert statistics.choose("auto", Situation(device="cuda", dtype=torch.bfloat16)) is vocabulary_statistics.fused
+    assert statistics.choose("auto", Situation(device="cpu", dtype=torch.bfloat16)) is vocabulary_statistics.reference
     hidden, weight, labels = make_linear(1, 4, 8, 30, torch.float32)
     torch.testing.assert_close(op.fused(hidden, weight, labels), op.reference(hidden, weight, labels))
 
@@ -218,9 +279,9 @@ def test_operators_keep_the_rules_of_torch():
     lse = logits.logsumexp(-1)
     ops = torch.ops.shardwright
     torch.library.opcheck(ops.cross_entropy, (logits.clone().requires_grad_(), labels))
-    torch.library.opcheck(ops.cross_entropy_shard, (logits, labels, 3))
-    torch.library.opcheck(ops.cross_entropy_gradient, (logits, labels, lse, grad, 0))
-    torch.library.opcheck(ops.cross_entropy_gradient_, (logits, labels, lse, grad, 0))
+    torch.library.opcheck(ops.cross_entropy_shard, (logits.clone().requires_grad_(), labels, 3))
+    for grad_wanted in (None, grad):
+        torch.library.opcheck(ops.cross_entropy_gradient, (logits, labels, lse, grad, grad_wanted, 0))
     hidden, weight, labels = make_linear(1, 6, 8, 30, torch.float32)
     inputs = hidden[0].requires_grad_(), weight.requires_grad_()
     torch.library.opcheck(ops.linear_cross_entropy, (*inputs, labels[0], [True, True], 1 << 20, torch.float32))
@@ -232,7 +293,8 @@ def test_compilers_see_no_break(backend):
 
     def step(hidden, weight, labels):
         losses, _ = ce.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten())
-        return linear.linear_cross_entropy(hidden, weight, labels) * 0.5 + losses.sum()
+        lse, wanted = ce.shard_statistics((hidden @ weight.T).flatten(0, 1), labels.flatten(), 5)
+        return linear.linear_cross_entropy(hidden, weight, labels) * 0.5 + losses.sum() + (lse - wanted).sum()
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for ours, theirs in zip(

@@ -1,15 +1,20 @@
 """Optimizer kernels against torch's AdamW, our LAMB and float64; steps that are skipped; sums that repeat."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
+from shardwright.conf.load import load_config
+from shardwright.kernels import optimizer as op
+from shardwright.kernels.op import Situation
 from shardwright.kernels.triton import optimizer as opt
-from shardwright.trainer.optim import Lamb
+from shardwright.trainer.optim import Optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HYPER = opt.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+HYPER = op.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+VALUES = ["optim.beta1=0.9", "optim.beta2=0.999", "optim.eps=1e-8", "optim.weight_decay=0.1"]  # the same
+LAMB = load_config(["optim=lamb", *VALUES]).optim
 SHORT = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 
@@ -105,8 +110,7 @@ def lamb_exactly(params, states, grads, lr, step):
 def test_lamb_is_ours(shapes, config):
     model = torch.nn.ParameterDict({name: torch.randn(shape) for name, shape in shapes.items()}).to(DEVICE)
     torch.nn.init.zeros_(model["zeros"])
-    values = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
-    theirs = Lamb(SimpleNamespace(peak_lr=0.0, **values), model)
+    theirs = Optimizer(LAMB, model)
     flat = torch.cat([p.detach().flatten() for p in model.values()])
     zeros = torch.zeros_like(flat)
     copy = torch.zeros_like(flat, dtype=SHORT)
@@ -122,7 +126,7 @@ def test_lamb_is_ours(shapes, config):
             p.grad = g.clone()
         divisor = torch.tensor(4.0, device=DEVICE)
         theirs.step(lr=0.02 * i, grad_scale=divisor, skip=torch.tensor(False, device=DEVICE))
-        lamb_step(shard, grad, segments, scalars(lr=0.02 * i, step=i + 1.0, multiplier=0.25), opt.Hyper(**values))
+        lamb_step(shard, grad, segments, scalars(lr=0.02 * i, step=i + 1.0, multiplier=0.25), HYPER)
         lamb_exactly(exact, states, [g / 4 for g in parts], 0.02 * i, i + 1)
     moments = theirs.state_dict()["moments"].values()
     for i, (p, plain, kept) in enumerate(zip(exact, model.values(), moments, strict=True)):
@@ -169,13 +173,71 @@ def test_a_vector_under_lamb_is_adamw_without_decay():
     """As in trainer.optim: norms and biases are neither decayed nor scaled by a ratio of norms."""
     bias = torch.nn.ParameterDict({"bias": torch.randn(300), "matrix": torch.randn(2, 2)}).to(DEVICE)
     shard = opt.Shard(param=bias["bias"].detach().clone(), **make_moments(300))
-    theirs = Lamb(SimpleNamespace(peak_lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1), bias)
-    no_decay = opt.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    theirs = Optimizer(LAMB, bias)
+    no_decay = op.Hyper(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     for i, grad in enumerate(gradients(300, 3)):
         bias["bias"].grad, bias["matrix"].grad = grad.clone(), grad[:4].view(2, 2).clone()
         theirs.step(lr=0.1, grad_scale=torch.ones((), device=DEVICE), skip=torch.tensor(False, device=DEVICE))
         opt.adamw_(shard, grad, scalars(lr=0.1, step=i + 1.0), no_decay)
     torch.testing.assert_close(shard.param, bias["bias"].detach(), rtol=1e-6, atol=1e-6)
+
+
+def train(update, config):
+    """Losses of steps with an odd model, clipped by various norms, the fourth skipped; then its weights and state."""
+    torch.manual_seed(3)
+    layers = torch.nn.Linear(7, 33), torch.nn.LayerNorm(33), torch.nn.GELU(), torch.nn.Linear(33, 1)
+    model = torch.nn.Sequential(*layers).to(DEVICE)
+    optimizer, losses = Optimizer(config, model, update), []
+    for step in range(8):
+        x = torch.randn(16, 7, device=DEVICE)
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        scale = torch.tensor(1.0 + step / 3, device=DEVICE)
+        optimizer.step(lr=0.01 * (step + 1), grad_scale=scale, skip=torch.tensor(step == 3, device=DEVICE))
+        losses.append(loss.detach())
+    state = optimizer.state_dict()
+    moments = [x for pair in state["moments"].values() for x in pair.values()]
+    return [torch.stack(losses), *(p.detach() for p in model.parameters()), *moments], state["num_updates"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+def test_a_run_is_that_of_the_reference(kind):
+    config = load_config([f"optim={kind}", *VALUES]).optim
+    (ours, updates), (theirs, expected) = (train(update, config) for update in (op.triton, op.reference))
+    assert updates == expected == 7
+    assert theirs[0][-1] < 0.8 * theirs[0][0], "it learns"
+    tolerance = 1e-6 if DEVICE == "cpu" else 1e-5  # products on a GPU may differ from run to run
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("sum_squares", [None, lambda squares: squares])
+def test_parts_may_be_empty_and_gradients_lie_apart(sum_squares):
+    """A process may have no part of a small parameter."""
+    now = op.Now(
+        lr=0.1,
+        step=torch.ones((), device=DEVICE),
+        grad_scale=torch.ones((), device=DEVICE),
+        skip=torch.tensor(False, device=DEVICE),
+    )
+    results = []
+    for update in (op.triton, op.reference):
+        grad = gradients(60, 1)[0]
+        parts = [
+            op.Part(param=make_shard(size).param.view(shape), grad=g, **make_moments(shape))
+            for size, shape, g in ((0, (0, 5), grad[:0].view(0, 5)), (60, (6, 10), grad.view(10, 6).T))
+        ]
+        if update is op.reference:
+            parts[1] = replace(parts[1], grad=parts[1].grad.contiguous())
+        update(parts, now, HYPER, sum_squares)
+        results.append(parts[1].param)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(results[0], make_shard(60).param.view(6, 10))
+
+
+def test_the_candidate_is_chosen_on_a_gpu():
+    assert op.OP.choose("auto", Situation(device="cuda", dtype=torch.bfloat16)) is op.triton
+    assert op.OP.choose("auto", Situation(device="cpu", dtype=torch.float32)) is op.reference
 
 
 def make_moments(size):

@@ -26,7 +26,7 @@ from shardwright.parallel.world import World
 from shardwright.trainer.build import build
 from shardwright.trainer.loop import train as loop
 from shardwright.trainer.native import NativeEngine
-from shardwright.trainer.optim import make_optimizer
+from shardwright.trainer.optim import Optimizer
 from shardwright.trainer.verify import Subject, synthetic_batches
 
 # What a deterministic run on text loads is loaded here, so that forked processes have it.
@@ -217,7 +217,7 @@ def make_engine(config):
     subject = Subject.of(config, num_processes=world.num_processes, rank=world.rank, device=world.device)
     mesh = subject.mesh.start("cpu")
     model = apply(subject.model, subject.layout, mesh, config, device=world.device, compute_dtype=torch.float32)
-    optimizer = make_optimizer(config.optim, model)
+    optimizer = Optimizer(config.optim, model, subject.kernels.optimizer)
     return subject, NativeEngine(model, optimizer, mesh, world.device, config.optim.max_grad_norm)
 
 

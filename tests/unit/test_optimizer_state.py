@@ -13,7 +13,7 @@ from shardwright import checkpoint
 from shardwright.checkpoint.errors import CheckpointError
 from shardwright.checkpoint.state import collect
 from shardwright.conf.load import load_config
-from shardwright.trainer.optim import make_optimizer
+from shardwright.trainer.optim import Optimizer
 
 OPTIMIZERS = {
     "AdamW": dict(weight_decay=0.1),
@@ -258,7 +258,7 @@ def test_adamw_state_moves_between_our_trainer_and_torch():
 
     def trainers(seed):
         model = make(seed=seed)
-        return {"model": model, "optimizer": make_optimizer(config, model)}
+        return {"model": model, "optimizer": Optimizer(config, model)}
 
     def programs(seed):
         model = make(seed=seed)
@@ -369,7 +369,7 @@ def test_a_checkpoint_file_carries_what_each_kind_of_program_needs(tmp_path):
     """Whatever values the loading program has itself: torch's has groups, ours has none, and counts may differ in kind."""
     config = load_config(["optim=adamw"]).optim
     model, other, back = make(), make(seed=1), make(seed=2)
-    ours = {"model": model, "optimizer": make_optimizer(config, model)}
+    ours = {"model": model, "optimizer": Optimizer(config, model)}
     checkpoint.save(tmp_path / "a", ours)
     theirs = {"model": other, "optimizer": torch.optim.AdamW(other.parameters())}
     checkpoint.load(tmp_path / "a", theirs)

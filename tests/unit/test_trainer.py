@@ -8,7 +8,7 @@ from torch import nn
 
 from shardwright.conf.load import load_config
 from shardwright.parallel.gradients import global_norm
-from shardwright.trainer.optim import AdamW
+from shardwright.trainer.optim import Optimizer
 from shardwright.trainer.schedule import lr_factor
 
 
@@ -49,7 +49,7 @@ def by_hand(parameter, gradient, m, v, *, step, lr, decay):
 def test_adamw_is_adamw_and_norms_are_not_decayed():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3, bias=True), nn.LayerNorm(3))
-    optimizer = AdamW(load_config().optim, model)
+    optimizer = Optimizer(load_config().optim, model)
     state = {
         n: [p.detach().double(), torch.zeros_like(p).double(), torch.zeros_like(p).double()]
         for n, p in model.named_parameters()
@@ -75,7 +75,7 @@ def test_adamw_is_adamw_and_norms_are_not_decayed():
 
 def test_a_skipped_step_changes_nothing():
     model = nn.Linear(4, 4)
-    optimizer = AdamW(load_config().optim, model)
+    optimizer = Optimizer(load_config().optim, model)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
