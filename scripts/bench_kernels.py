@@ -111,7 +111,7 @@ def main() -> None:
     for case in cases(small=not on_gpu):
         if re.search(args.only, case.label):
             for row in measure(case, stopwatch, tables):
-                rows.append(row | {"op": case.op.name})
+                rows.append(row | {"op": case.op.name, "peer": row["name"] in case.peers})
                 print(json.dumps(row), flush=True)
             if on_gpu:
                 torch.cuda.empty_cache()

@@ -42,7 +42,7 @@ class Tables:
         """Put the implementations of every op in order: by the mean of their time relative to the best of each row."""
         for op in {row["op"] for row in rows}:
             ratios: Mapping[str, list[float]] = defaultdict(list)
-            timed = [row for row in rows if row["op"] == op and "ms" in row]
+            timed = [row for row in rows if row["op"] == op and "ms" in row and not row["peer"]]
             for case in {(row["case"], row["direction"]) for row in timed}:
                 same = {r["name"]: r["ms"]["median"] for r in timed if (r["case"], r["direction"]) == case}
                 for name, milliseconds in same.items():
