@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,7 +23,7 @@ class Hyper:
     eps: float
     weight_decay: float
 
-    @property
+    @cached_property
     def arguments(self) -> list[float]:
         """What kernels take: differences from 1 would lose digits if they were made in float32."""
         betas = (1 - self.beta1, math.log(self.beta1), 1 - self.beta2, math.log(self.beta2))

@@ -43,6 +43,7 @@ from shardwright.kernels.gluon.hopper import (
     barriers,
     describable,
     load,
+    meet,
     place,
     ragged,
     store,
@@ -53,6 +54,7 @@ from shardwright.kernels.triton.launch import launch_kernel
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 STAGES = gl.constexpr(3)  # blocks of queries in shared memory: loaded, worked on, and still read by a late product
+BOTH = gl.constexpr(9)  # number of the barrier of both warpgroups; those up to 8 are Triton's
 HALF = gl.constexpr(64)  # rows, and columns, of the part of the queries' gradients that a warpgroup makes
 _CACHED_BYTES = 32 * 2**20  # what programs that run together should share in the second-level cache
 
@@ -228,13 +230,6 @@ def _produce(shared, work, q_desc, k_desc, v_desc, dout_desc, rows_desc):
 
 
 @gluon.jit
-def _meet():
-    """Wait for the other warpgroup, which waits here too. (Barriers up to 8 are Triton's.)"""
-    code: gl.constexpr = "bar.sync 9, 256; mov.u32 $0, 0;"
-    gl.inline_asm_elementwise(code, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _hide(weights, work, at, CONSUMER: gl.constexpr):
     """Zero the weights of keys that a query does not see; [keys, queries], looked at as groups of 8 queries."""
     LAYOUT: gl.constexpr = weights.type.layout
@@ -324,7 +319,7 @@ def _add(dk, dv, scores, turn, stage, phase, more, shared, work, sums, at, row, 
         dv = warpgroup_mma(operand, dout, dv, is_async=True)
     shared.dscores.index((turn & 1) * 2 + CONSUMER).store(dscores)
     fence_async_shared()
-    _meet()
+    meet(BOTH, 256)
 
     dq = _query_gradients(shared, work, turn, zero, CONSUMER)
     dv, operand = warpgroup_mma_wait(2, deps=[dv, operand])  # all but dq, which are two products
@@ -366,7 +361,7 @@ def _consume(shared, work, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.c
             at = gl.where(done, work.first, at)
             row += gl.where(done, work.stride, 0)
         dk = warpgroup_mma_wait(0, deps=[dk])
-        _meet()  # until the other warpgroup does neither: the gradients take their place
+        meet(BOTH, 256)  # until the other warpgroup does neither: the gradients take their place
         k, v = shared.k.index(CONSUMER), shared.v.index(CONSUMER)
         k.reshape([ROWS, work.DIM]).store((dk * scale).to(dtype))
         v.reshape([ROWS, work.DIM]).store(dv.to(dtype))

@@ -435,20 +435,21 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 def update_(parts: Sequence[Part], now: Now, hyper: Hyper, sum_squares: SumSquares | None) -> None:
     """See `kernels.optimizer.reference`."""
     lr, multiplier = torch.full_like(now.step, now.lr), now.grad_scale.reciprocal()
-    same = [lr, now.step, multiplier, now.skip], hyper.arguments
-    pairs = [([part.param, part.exp_avg, part.exp_avg_sq], part.grad.contiguous()) for part in parts]
+    scalars = Scalars(lr=lr, step=now.step, multiplier=multiplier, skip=now.skip)
+    shards = [Shard(param=part.param, exp_avg=part.exp_avg, exp_avg_sq=part.exp_avg_sq) for part in parts]
+    grads = [part.grad.contiguous() for part in parts]
     if sum_squares is None:
-        for shard, grad in pairs:
-            _adamw(shard, grad, *same)
+        for shard, grad in zip(shards, grads, strict=True):
+            adamw_(shard, grad, scalars, hyper)
         return
-    segments = [_one_segment(grad.numel(), grad.device) for _, grad in pairs]
+    segments = [_one_segment(grad.numel(), grad.device) for grad in grads]
     squares = [
-        _lamb_moments(shard, grad, segment.tensors, *same, segment.launch)
-        for (shard, grad), segment in zip(pairs, segments, strict=True)
+        lamb_moments_(shard, grad, segment, scalars, hyper)
+        for shard, grad, segment in zip(shards, grads, segments, strict=True)
     ]
     whole = sum_squares(torch.cat(squares, 1).T).unsqueeze(-1)
-    for (shard, _), square, segment in zip(pairs, whole, segments, strict=True):
-        _lamb_apply(shard, square, segment.tensors, *same, segment.launch)
+    for shard, square, segment in zip(shards, whole, segments, strict=True):
+        lamb_apply_(shard, square, segment, scalars, hyper)
 
 
 @cache
