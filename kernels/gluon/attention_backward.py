@@ -6,6 +6,7 @@ gradients of queries both warpgroups write theirs to shared memory and then mult
 the result, which the memory adds to sums in float32. The order of these additions is not fixed: gradients of queries
 may differ in their last bits from run to run, those of keys and values do not. A warpgroup starts the scores of its
 next block of queries before this one ends: the tensor cores have work while it adds, exponentiates and stores.
+Programs are persistent and take what comes next from a counter; the warp that loads is ahead of the others.
 
 What comes before and after is in `attention_sums`.
 
@@ -30,12 +31,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
     tma,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shardwright.kernels.gluon.attention_sums import TILE, add_to_sums, convert, prepare
+from shardwright.kernels.gluon.attention_units import Job, Posts, no_posts, post, receive, take, work_of
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
     advance,
@@ -45,15 +46,16 @@ from shardwright.kernels.gluon.hopper import (
     load,
     meet,
     place,
+    processors,
     ragged,
     store,
 )
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import launch_kernel
+from shardwright.kernels.triton.launch import Address, kept, launch_kernel
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
-STAGES = gl.constexpr(3)  # blocks of queries in shared memory: loaded, worked on, and still read by a late product
+STAGES = gl.constexpr(3)  # blocks of queries in shared memory: worked on, next, and on its way
 BOTH = gl.constexpr(9)  # number of the barrier of both warpgroups; those up to 8 are Triton's
 HALF = gl.constexpr(64)  # rows, and columns, of the part of the queries' gradients that a warpgroup makes
 _CACHED_BYTES = 32 * 2**20  # what programs that run together should share in the second-level cache
@@ -89,14 +91,14 @@ def backward(
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     config = config or pick("gluon_attention_backward", f"head_dim={dim}", lambda: CONFIGS[dim], q.device)
     tiles = documents.tiles(TILE.value)
-    rows, sums = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
+    rows, sums, counter = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
     dkv = torch.empty((2 * tokens, kv_heads, dim), dtype=k.dtype, device=k.device)
     dq = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     together = _together(kv_heads, heads * dim, documents)
     launch_kernel(
         _key_kernel,
-        (len(tiles) * kv_heads,),
-        *_arguments((q, k, v), dout, dkv, rows, sums, tiles, together, scores, config),
+        (min(len(tiles) * kv_heads, processors(q.device)),),
+        *_arguments((q, k, v), dout, dkv, (rows, sums, counter), tiles, together, scores, config),
         **_options(dim, scores, config),
     )
     convert(sums, tiles, dq, scores.scale)
@@ -110,25 +112,28 @@ def _together(kv_heads: int, width: int, documents: Documents) -> int:
     return max(1, min(kv_heads, _CACHED_BYTES // max(1, head_bytes)))
 
 
-def _arguments(  # noqa: PLR0913
+def _arguments(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     dout: torch.Tensor,
     dkv: torch.Tensor,
-    rows: torch.Tensor,
-    sums: torch.Tensor,
+    prepared: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     tiles: torch.Tensor,
     together: int,
     scores: Scores,
     config: Config,
 ) -> tuple[Any, ...]:
-    (q, k, v), block_m = inputs, config.blocks["BLOCK_M"]
-    rows_desc = TensorDescriptor(rows, [rows.numel()], [1], [2 * block_m], gl.NVMMASharedLayout(0, 32, 1))
+    (q, k, v), (rows, sums, counter), block_m = inputs, prepared, config.blocks["BLOCK_M"]
     descriptors = (
         *(ragged(q, block_m), ragged(k, ROWS.value), ragged(v, ROWS.value), ragged(dout, block_m)),
-        *(ragged(dkv, ROWS.value), rows_desc, sums),
+        *(ragged(dkv, ROWS.value), _stretches(rows, rows.numel(), 2 * block_m), sums, counter),
     )
     sizes = (len(tiles), len(k), k.shape[1], q.shape[1] // k.shape[1], together, scores.window or 0)
     return *descriptors, tiles, *sizes, math.log2(math.e) * scores.scale, scores.scale
+
+
+@kept
+def _stretches(base: Address, length: int, size: int) -> TensorDescriptor:
+    return TensorDescriptor(base, [length], [1], [size], gl.NVMMASharedLayout(0, 32, 1))
 
 
 def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
@@ -150,54 +155,14 @@ class _Shared:
     dout: gl.shared_memory_descriptor
     rows: gl.shared_memory_descriptor
     dscores: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
+    kv_empty: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     dout_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
-
-
-@aggregate
-class _Work:
-    """One tile of keys of one head, and the queries that see it: from `first`, of these from `bare_first` all of it.
-
-    `padded` plus a token's number is its place in the padded sums of a head, which are `stride` apart.
-    """
-
-    kv_head: gl.tensor
-    group: gl.tensor
-    begin: gl.tensor
-    end: gl.tensor
-    first: gl.tensor
-    bare_first: gl.tensor
-    bare_last: gl.tensor
-    last: gl.tensor
-    padded: gl.tensor
-    stride: gl.tensor
-    window: gl.tensor
-    DIM: gl.constexpr
-    BLOCK_M: gl.constexpr
-    CAUSAL: gl.constexpr
-    WINDOWED: gl.constexpr
-    EARLY: gl.constexpr
-
-
-@gluon.jit
-def _query_range(begin, start, end, window, CAUSAL: gl.constexpr, WINDOWED: gl.constexpr, BLOCK_M: gl.constexpr):
-    """Return the blocks of queries that see a tile of keys, and in the middle of them those that need no mask."""
-    first, last = start, end
-    if CAUSAL:
-        first = begin
-    bare_first = gl.where(begin + TILE > end, last, first)  # keys after the end must not count
-    bare_last = last + BLOCK_M
-    if CAUSAL:
-        bare_first = begin + TILE - 1
-    if WINDOWED:
-        last = gl.minimum(end, begin + TILE - 1 + window)
-        bare_last = gl.where(begin + window < end, begin + window, bare_last)
-    bare_first = gl.minimum(first + gl.cdiv(gl.maximum(bare_first - first, 0), BLOCK_M) * BLOCK_M, last)
-    bare_last = gl.minimum(first + gl.maximum(bare_last - first, 0) // BLOCK_M * BLOCK_M, last)
-    return first, bare_first, gl.maximum(bare_first, bare_last), last
+    posts: Posts
 
 
 @gluon.jit
@@ -209,11 +174,15 @@ def _load_pair(desc, bar, buffer, row, end, column):
 
 
 @gluon.jit
-def _produce(shared, work, q_desc, k_desc, v_desc, dout_desc, rows_desc):
-    """Load the keys and values, and one block of queries after the other as soon as there is room."""
-    if work.begin < work.end:
-        _load_pair(k_desc, shared.k_full, shared.k, work.begin, work.end, work.kv_head * work.DIM)
-        stage, phase, waiting = 0, 0, True
+def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
+    """Load the keys and values of units, and one block of queries after the other, as soon as there is room."""
+    number, stage, phase = 0, 0, 0
+    unit = take(job)
+    post(shared.posts, 0, unit)
+    while unit < job.num_tiles * job.kv_heads:
+        work = work_of(job, unit)
+        column = work.kv_head * work.DIM
+        waiting = True
         for head in range(work.kv_head * work.group, (work.kv_head + 1) * work.group):
             for at in range(work.first, work.last, work.BLOCK_M):
                 q_bar, dout_bar = shared.q_full.index(stage), shared.dout_full.index(stage)
@@ -222,11 +191,17 @@ def _produce(shared, work, q_desc, k_desc, v_desc, dout_desc, rows_desc):
                 load(q_desc, place(at, work.end, head * work.DIM), q_bar, shared.q.index(stage))
                 load(rows_desc, [(head * work.stride + work.padded + at) * 2], q_bar, shared.rows.index(stage))
                 if waiting:
-                    _load_pair(v_desc, shared.v_full, shared.v, work.begin, work.end, work.kv_head * work.DIM)
+                    mbarrier.wait(shared.kv_empty.index(0), number & 1 ^ 1)
+                    _load_pair(k_desc, shared.k_full, shared.k, work.begin, work.end, column)
+                    _load_pair(v_desc, shared.v_full, shared.v, work.begin, work.end, column)
                 mbarrier.expect(dout_bar, dout_desc.block_type.nbytes)
                 load(dout_desc, place(at, work.end, head * work.DIM), dout_bar, shared.dout.index(stage))
                 waiting = False
                 stage, phase = advance(stage, phase, STAGES)
+        number += 1
+        unit = take(job)
+        # The unit before this one is done with: so its number has been read, and may give way.
+        post(shared.posts, number, unit)
 
 
 @gluon.jit
@@ -303,53 +278,56 @@ def _add(dk, dv, scores, turn, stage, phase, more, shared, work, sums, at, row, 
     mbarrier.wait(shared.dout_full.index(stage), phase)
     less = _columns(rows.slice(BLOCK_M, BLOCK_M), SCORES)
     dweights = warpgroup_mma(v, dout.permute((1, 0)), less, is_async=True)
-    scores = warpgroup_mma_wait(2, deps=[scores])
     weights = gl.exp2(scores * factor + _columns(rows.slice(0, BLOCK_M), SCORES))
     if (at < work.bare_first) | (at >= work.bare_last):
         weights = _hide(weights, work, at, CONSUMER)
     if work.EARLY:
-        operand = gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(operand, dout, dv, is_async=True)
-        dk, dweights = warpgroup_mma_wait(1, deps=[dk, dweights])
+        weights_operand = gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(weights_operand, dout, dv, is_async=True)
+        dweights = warpgroup_mma_wait(1, deps=[dweights])
     else:
-        dk, dweights = warpgroup_mma_wait(0, deps=[dk, dweights])
+        dweights = warpgroup_mma_wait(0, deps=[dweights])
     dscores = (weights * dweights).to(dtype)
     if not work.EARLY:
-        operand = gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True)
-        dv = warpgroup_mma(operand, dout, dv, is_async=True)
+        weights_operand = gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True)
+        dv = warpgroup_mma(weights_operand, dout, dv, is_async=True)
     shared.dscores.index((turn & 1) * 2 + CONSUMER).store(dscores)
     fence_async_shared()
     meet(BOTH, 256)
 
     dq = _query_gradients(shared, work, turn, zero, CONSUMER)
-    dv, operand = warpgroup_mma_wait(2, deps=[dv, operand])  # all but dq, which are two products
+    dscores_operand = gl.convert_layout(dscores, OPERAND, assert_trivial=True)
+    dk = warpgroup_mma(dscores_operand, q, dk, is_async=True)
+    dv, weights_operand = warpgroup_mma_wait(3, deps=[dv, weights_operand])  # all but dq, two products, and dk
     stage_after, phase_after = advance(stage, phase, STAGES)
-    # Only now the block before is done with. The product for keys may end as late as in the next round; dscores come
-    # from shared memory there, as ptxas lets no products overlap if one reads registers from round to round.
-    mbarrier.arrive(shared.empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), pred=turn > 0)
     scores = _start_scores(shared, work, stage_after, phase_after, zero, more, CONSUMER)
-    dk = warpgroup_mma(shared.dscores.index((turn & 1) * 2 + CONSUMER), q, dk, is_async=True)
     dq = warpgroup_mma_wait(2, deps=[dq])
     add_to_sums(sums + (row.to(gl.int64) * work.DIM + CONSUMER * HALF * HALF), dq)
-    scores = warpgroup_mma_wait(1, deps=[scores])
+    # None goes on into the next round: ptxas lets no products overlap if one that does reads or makes registers there.
+    dk, dscores_operand, scores = warpgroup_mma_wait(0, deps=[dk, dscores_operand, scores])
+    mbarrier.arrive(shared.empty.index(stage))
     return dk, dv, scores, stage_after, phase_after
 
 
 @gluon.jit
-def _consume(shared, work, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.constexpr):
-    """Write the gradients of 64 keys and values, from all query heads that read them."""
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.DIM, 16])
+def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.constexpr):
+    """Write the gradients of 64 keys and values of one unit after the other, from all query heads that read them."""
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, job.DIM, 16])
     dtype: gl.constexpr = shared.q.dtype
-    if work.begin < work.end:
-        dk = warpgroup_mma_init(gl.zeros([ROWS, work.DIM], gl.float32, SUMS))
+    out = shared.out.index(CONSUMER)
+    number, stage, phase = 0, 0, 0
+    unit = receive(shared.posts, 0)
+    while unit < job.num_tiles * job.kv_heads:
+        work = work_of(job, unit)
+        dk = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
         dv = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
         # Never 0; that the compiler sees it saves a way past the loop, for which ptxas would overlap no products.
         count = gl.maximum(gl.cdiv(work.last - work.first, work.BLOCK_M) * work.group, 1)
-        at, stage, phase = work.first, 0, 0
+        at = work.first
         row = work.kv_head * work.group * work.stride + work.padded  # of the head's first token, padded
-        mbarrier.wait(shared.k_full.index(0), 0)
-        scores = _start_scores(shared, work, 0, 0, count >> 30, True, CONSUMER)
-        mbarrier.wait(shared.v_full.index(0), 0)
+        mbarrier.wait(shared.k_full.index(0), number & 1)
+        scores = _start_scores(shared, work, stage, phase, count >> 30, True, CONSUMER)
+        mbarrier.wait(shared.v_full.index(0), number & 1)
         scores = warpgroup_mma_wait(0, deps=[scores])
         for turn in range(count):
             dk, dv, scores, stage, phase = _add(
@@ -360,17 +338,20 @@ def _consume(shared, work, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.c
             done = at >= work.last
             at = gl.where(done, work.first, at)
             row += gl.where(done, work.stride, 0)
-        dk = warpgroup_mma_wait(0, deps=[dk])
-        meet(BOTH, 256)  # until the other warpgroup does neither: the gradients take their place
-        k, v = shared.k.index(CONSUMER), shared.v.index(CONSUMER)
-        k.reshape([ROWS, work.DIM]).store((dk * scale).to(dtype))
-        v.reshape([ROWS, work.DIM]).store(dv.to(dtype))
+        mbarrier.arrive(shared.kv_empty.index(0))
+        begin = work.begin + CONSUMER * ROWS
+        tma.store_wait(0)  # of the unit before
+        out.reshape([ROWS, work.DIM]).store(dv.to(dtype))
         fence_async_shared()
-        row = work.begin + CONSUMER * ROWS
-        store(dkv_desc, place(row, work.end, work.kv_head * work.DIM), k)
         # The values' gradients lie `tokens` rows after the keys', and so does the end of the document there.
-        store(dkv_desc, place(row + tokens, work.end + tokens, work.kv_head * work.DIM), v)
+        store(dkv_desc, place(begin + tokens, work.end + tokens, work.kv_head * work.DIM), out)
         tma.store_wait(0)
+        out.reshape([ROWS, work.DIM]).store((dk * scale).to(dtype))
+        fence_async_shared()
+        store(dkv_desc, place(begin, work.end, work.kv_head * work.DIM), out)
+        number += 1
+        unit = receive(shared.posts, number)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "tokens", "kv_heads", "group", "together", "window"])
@@ -382,6 +363,7 @@ def _key_kernel(  # noqa: PLR0913
     dkv_desc,
     rows_desc,
     sums,
+    counter,
     tiles,
     num_tiles,
     tokens,
@@ -397,7 +379,7 @@ def _key_kernel(  # noqa: PLR0913
     BLOCK_M: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Write the gradients of one tile of keys and values of one head, and add to the sums of queries that see it."""
+    """Write the gradients of tiles of keys and values, and add to the sums of queries that see them."""
     dtype: gl.constexpr = q_desc.dtype
     shared = _Shared(
         gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, DIM], q_desc.layout),
@@ -406,26 +388,17 @@ def _key_kernel(  # noqa: PLR0913
         gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, DIM], dout_desc.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout),
         gl.allocate_shared_memory(dtype, [4, ROWS, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2)),
-        *(barriers(1, 1), barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2)),
+        gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, DIM], dkv_desc.layout),
+        *(barriers(1, 1), barriers(1, 1), barriers(1, 2)),
+        *(barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), no_posts()),
     )
-    # Programs of `together` heads come together, those with most to do, the first of a document, first.
-    program = gl.program_id(0)
-    first_head = program // (num_tiles * together) * together
-    heads = gl.minimum(together, kv_heads - first_head)
-    rest = program - first_head * num_tiles
-    tile = rest // heads
-    begin, start, end = gl.load(tiles + tile * 3), gl.load(tiles + tile * 3 + 1), gl.load(tiles + tile * 3 + 2)
-    first, bare_first, bare_last, last = _query_range(begin, start, end, window, CAUSAL, WINDOWED, BLOCK_M)
-    work = _Work(
-        *(first_head + rest % heads, group, begin, end, first, bare_first, bare_last, last),
-        *(tile * TILE - begin, num_tiles * TILE, window, DIM, BLOCK_M, CAUSAL, WINDOWED, EARLY),
-    )
+    job = Job(counter, tiles, num_tiles, kv_heads, group, together, window, DIM, BLOCK_M, CAUSAL, WINDOWED, EARLY)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (shared, work, dkv_desc, sums, tokens, factor, scale, 0)),
-            (_consume, (shared, work, dkv_desc, sums, tokens, factor, scale, 1)),
-            (_produce, (shared, work, q_desc, k_desc, v_desc, dout_desc, rows_desc)),
+            (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 0)),
+            (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 1)),
+            (_produce, (shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc)),
         ],
         [4, 1],
         [240, 24],
@@ -437,9 +410,10 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     tiles = torch.empty((16, 3), dtype=torch.int32)
     for name, scores, dtype in VARIANTS:
         for dim, configs in CONFIGS.items():
-            x, sums = torch.empty((256, 4, dim), dtype=dtype), torch.empty((4 * 256, dim))
+            x, rows = torch.empty((256, 4, dim), dtype=dtype), torch.empty(4 * 256 * dim)
+            prepared = (rows, rows, torch.empty(1, dtype=torch.int32))
             for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention backward {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
-                arguments = _arguments((x, x, x), x, x, sums.view(-1), sums, tiles, 2, scores, config)
+                arguments = _arguments((x, x, x), x, x, prepared, tiles, 2, scores, config)
                 yield label, _key_kernel, arguments, _options(dim, scores, config)

@@ -32,8 +32,8 @@ def prepare(
     gradients: tuple[torch.Tensor, torch.Tensor | None],
     tiles: torch.Tensor,
     block: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return float32 [H * M * TILE * 2], for each block -log2(e) * lse, then -delta; sums [H * M * TILE, D].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return float32 [H * M * TILE * 2], for each block -log2(e) * lse, then -delta; sums [H * M * TILE, D]; int32 0.
 
     Args:
         outputs: of the forward: attended values [P, H, D], log-sum-exp [H, P].
@@ -46,18 +46,19 @@ def prepare(
     padded = heads * len(tiles) * TILE.value
     rows = torch.empty(padded * 2, dtype=torch.float32, device=out.device)
     sums = torch.empty((padded, dim), dtype=torch.float32, device=out.device)
+    counter = torch.empty(1, dtype=torch.int32, device=out.device)
     dlse = None if dlse is None else dlse.contiguous()
     strides = (out.stride(0), dout.stride(0))
     launch_kernel(
         _prepare_kernel,
         (len(tiles) * heads,),
-        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, *strides, tokens, heads),
+        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, counter, *strides, tokens, heads),
         DIM=dim,
         BLOCK_M=block,
         TILE=TILE.value,
         num_warps=8,
     )
-    return rows, sums
+    return rows, sums, counter
 
 
 def convert(sums: torch.Tensor, tiles: torch.Tensor, dq: torch.Tensor, scale: float) -> torch.Tensor:
@@ -108,6 +109,7 @@ def _prepare_kernel(  # noqa: PLR0913
     tiles,
     rows,
     sums,
+    counter,
     out_stride,
     dout_stride,
     tokens,
@@ -116,7 +118,9 @@ def _prepare_kernel(  # noqa: PLR0913
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write what a tile of queries of one head needs, in blocks, and clear its sums."""
+    """Write what a tile of queries of one head needs, in blocks, and clear its sums; the first one, the counter."""
+    if tl.program_id(0) == 0:
+        tl.store(counter, 0)
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
     begin, _, end = read_tile(tiles, tile)
     if begin >= end:
@@ -156,7 +160,7 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     tiles = torch.empty((16, 3), dtype=torch.int32)
     for dim, block in ((64, 128), (128, 64)):
         x, row = torch.empty((256, 4, dim), dtype=torch.bfloat16), torch.empty(4 * 256)
-        args = (x, x, row, row, tiles, row, row, 4 * dim, 4 * dim, 256, 4)
+        args = (x, x, row, row, tiles, row, row, tiles, 4 * dim, 4 * dim, 256, 4)
         constants = {"DIM": dim, "BLOCK_M": block, "TILE": TILE.value, "num_warps": 8}
         yield f"gluon attention backward prepare head_dim={dim}", _prepare_kernel, args, constants
         constants = {"DIM": dim, "TILE": TILE.value, "num_warps": 8}
