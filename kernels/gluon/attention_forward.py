@@ -18,6 +18,7 @@ Source: arXiv 2407.08608.
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,34 +101,34 @@ def forward(
     launch_kernel(
         _forward_kernel,
         (grid,),
-        *_arguments(q, k, v, out, lse, tiles, scores, config),
+        *_arguments((q, k, v), out, lse, tiles, scores, config),
         **_options(dim, scores, config),
     )
     return out, lse
 
 
 def _arguments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
     tiles: torch.Tensor,
     scores: Scores,
     config: Config,
 ) -> tuple[Any, ...]:
-    tokens, heads, dim = q.shape
+    (q, k, v), (tokens, heads, dim) = inputs, inputs[0].shape
     kv_heads, keys, num_tiles = k.shape[1], config.blocks["BLOCK_N"], len(tiles)
-    head_bytes = 2 * k.element_size() * dim * tokens
-    together = max(
-        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * head_bytes <= max(head_bytes, _CACHED_BYTES)
-    )
-    chunk = together * heads // kv_heads
+    chunk = _together(kv_heads, 2 * k.element_size() * dim * tokens) * heads // kv_heads
     # Tiles of unlike length are dealt out evenly chunk by chunk, others all at once.
     stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
     sizes = (num_tiles, tokens, heads, heads // kv_heads, chunk, stretch, scores.window or 0)
     descriptors = (ragged(q, ROWS.value), ragged(k, keys), ragged(v, keys), ragged(out, ROWS.value))
     return *descriptors, lse, tiles, *sizes, math.log2(math.e) * scores.scale
+
+
+@lru_cache
+def _together(kv_heads: int, head_bytes: int) -> int:
+    """Return how many key heads programs go through together: those that stay cached, of a number that divides all."""
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= _CACHED_BYTES))
 
 
 def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
@@ -494,5 +495,5 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
             for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention forward {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
-                arguments = _arguments(x, x, x, x, lse, integers.view(-1, 3), scores, config)
+                arguments = _arguments((x, x, x), x, lse, integers.view(-1, 3), scores, config)
                 yield label, _forward_kernel, arguments, _options(dim, scores, config)

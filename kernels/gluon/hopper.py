@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import core
 
 from shardwright.kernels.triton.attention_forward import Documents, Scores
-from shardwright.kernels.triton.launch import cdiv, launch_kernel
+from shardwright.kernels.triton.launch import Address, cdiv, kept, launch_kernel
 from shardwright.kernels.triton.ptxas import hazard
 
 # Triton 3.9 renamed both, and 3.6 knows the older names only.
@@ -81,10 +81,9 @@ def layout(rows: int, dim: int, dtype: Any) -> gl.NVMMASharedLayout:
 
 def describable(x_PHD: torch.Tensor) -> torch.Tensor:
     """Return a tensor as a descriptor can say it: a token's heads side by side, everything aligned to 16 bytes."""
-    dim = x_PHD.shape[-1]
-    adjacent = x_PHD.stride(2) == 1 and x_PHD.stride(1) == dim
-    aligned = x_PHD.stride(0) * x_PHD.element_size() % 16 == 0 and x_PHD.data_ptr() % 16 == 0
-    return x_PHD if adjacent and aligned else x_PHD.clone(memory_format=torch.contiguous_format)
+    dim, (token, head, lane) = x_PHD.shape[2], x_PHD.stride()
+    aligned = (token * x_PHD.element_size() | x_PHD.data_ptr()) % 16 == 0
+    return x_PHD if lane == 1 and head == dim and aligned else x_PHD.clone(memory_format=torch.contiguous_format)
 
 
 @cache
@@ -94,16 +93,19 @@ def processors(device: torch.device) -> int:
 
 
 def ragged(x_PHD: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Return a descriptor of tiles of so many tokens of one head, which ends where `place` says."""
+    """Return a descriptor of tiles of so many tokens of one head, which ends where `place` says; see `kept`."""
     _, heads, dim = x_PHD.shape
-    stride = x_PHD.stride(0)
-    dtype = gl.bfloat16 if x_PHD.dtype == torch.bfloat16 else gl.float16
+    return _ragged(x_PHD, x_PHD.stride(0), heads * dim, dim, rows)
+
+
+@kept
+def _ragged(base: Address, stride: int, width: int, dim: int, rows: int) -> TensorDescriptor:
     return TensorDescriptor(
-        x_PHD,
-        [_LARGEST, _LARGEST, ROWS.value, heads * dim],
+        base,
+        [_LARGEST, _LARGEST, ROWS.value, width],
         [_WRAP - stride, stride, stride, 1],
         [1, 1, rows, dim],
-        layout(rows, dim, dtype),
+        layout(rows, dim, gl.bfloat16 if base.dtype == torch.bfloat16 else gl.float16),
     )
 
 

@@ -275,7 +275,7 @@ def _alike(residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_statistics(x: torch.Tensor, centered: bool) -> torch.Tensor:
-    return torch.empty((1 + centered, x.numel() // x.shape[-1]), dtype=torch.float32, device=x.device)
+    return x.new_empty((1 + centered, x.numel() // x.shape[-1]), dtype=torch.float32)
 
 
 def _norm(x, weight, bias, eps, centered):

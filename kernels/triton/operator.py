@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _LIBRARY = torch.library.Library("shardwright", "DEF")
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def operator(
@@ -60,23 +60,33 @@ def _differentiable(name, function, backward, setup_context) -> Callable[..., An
         return output
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), methods).apply
+    made: Any = type(name, (torch.autograd.Function,), methods)
+    above: Any = super(torch.autograd.Function, made)
+    at_once = above.apply  # to which apply, in Python, leads where no function is transformed
+
+    def apply(*args: Any) -> Any:
+        return made.apply(*args) if torch._C._are_functorch_transforms_active() else at_once(*args)
+
+    return apply
 
 
 def _is_watched(args: Iterable[Any]) -> bool:
     if _get_current_dispatch_mode() is not None:
         return True
-    for arg in args:  # a loop, as this is called for every launch
-        if isinstance(arg, list):
-            if _is_watched(arg):
-                return True
-        elif isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN:
-            return True
-    return False
+    return not _PLAIN.issuperset(map(type, args)) and any(map(_is_subclass, args))
+
+
+def _is_subclass(arg: Any) -> bool:
+    if isinstance(arg, list):
+        return any(map(_is_subclass, arg))
+    return isinstance(arg, torch.Tensor) and type(arg) not in _PLAIN
 
 
 def _needs_gradient(args: Iterable[Any]) -> bool:
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+    for arg in args:  # noqa: SIM110 (any() takes longer, and this is done at every call)
+        if isinstance(arg, torch.Tensor) and arg.requires_grad:
+            return True
+    return False
 
 
 def empty_dense(x: torch.Tensor) -> torch.Tensor:

@@ -154,5 +154,6 @@ def test_selection_names_what_cannot_run():
         select(wanted(attention="varlen"), **on_cpu)
     assert Kernels().attention is attention.reference
     on_gpu = dict(device="cuda", dtype=torch.bfloat16, sizes={"head_dim": 128})
-    assert select(wanted(), **on_gpu).attention is attention.varlen
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    assert select(wanted(), **on_gpu).attention is (attention.gluon if hopper else attention.varlen)
     assert select(wanted(), **{**on_gpu, "dtype": torch.float32}).attention is attention.sdpa
