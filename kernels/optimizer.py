@@ -115,7 +115,7 @@ def _adamw(params: list[torch.Tensor], parts: Sequence[Part], now: Now, lr: floa
 
 
 def triton(parts: Sequence[Part], now: Now, hyper: Hyper, sum_squares: SumSquares | None = None) -> None:
-    """As `reference`; each part is read and written once for AdamW, and twice for LAMB."""
+    """As `reference`, in a few launches for all parts; each is read and written once for AdamW, and twice for LAMB."""
     from shardwright.kernels.triton.optimizer import update_
 
     update_(parts, now, hyper, sum_squares)  # pyright: ignore[reportArgumentType]

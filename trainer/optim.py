@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -62,8 +63,7 @@ class Optimizer:
         matrices = [name for name in used if self._parameters[name].ndim > 1]
         others = [name for name in used if self._parameters[name].ndim <= 1]
         if matrices:
-            groups = [sharded_over(self._parameters[name]) for name in matrices]
-            sum_squares = (lambda squares: sum_over_shards(squares, groups)) if self._is_lamb else None
+            sum_squares = partial(self._sum_squares, matrices) if self._is_lamb else None
             self._update(self._parts(matrices), now, self._hyper, sum_squares)
         if others:
             self._update(self._parts(others), now, replace(self._hyper, weight_decay=0.0))
@@ -73,6 +73,9 @@ class Optimizer:
     def _parts(self, names: Iterable[str]) -> list[Part]:
         pairs = [(self._parameters[name], self._moments[name]) for name in names]
         return [Part(param=local(p), grad=local(p.grad), **moments) for p, moments in pairs if p.grad is not None]
+
+    def _sum_squares(self, names: Iterable[str], squares: torch.Tensor) -> torch.Tensor:
+        return sum_over_shards(squares, [sharded_over(self._parameters[name]) for name in names])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the moments by parameter name, sharded like the parameters, and the number of updates."""

@@ -11,17 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from shardwright.kernels.optimizer import Hyper, Now, Part, SumSquares
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import cdiv, launch_kernel
 from shardwright.kernels.triton.operator import operator
+from shardwright.kernels.triton.optimizer_kernels import adamw, lamb_apply, lamb_moments, segment_sums, square_partials
+from shardwright.kernels.triton.optimizer_tables import Tiles, addresses, tiles_of
 
 CONFIGS = tuple(
     Config(blocks={"BLOCK": block}, num_warps=warps)
@@ -29,7 +29,7 @@ CONFIGS = tuple(
 )
 SUM_CONFIGS = tuple(Config(blocks={"BLOCK": block}, num_warps=warps) for block, warps in ((4096, 8), (2048, 4)))
 
-_ALIGNMENT = 16  # elements, of which a thread then takes several at once
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _MAX_PARTIALS = 1024  # of one tensor's square sum
 _SEGMENT_BLOCK = 1024  # partial sums that are added up at once
 
@@ -79,266 +79,127 @@ class Shard:
 
 
 class Segments:
-    """Where the tensors lie in a flat shard, cut into tiles of one program each, none of which crosses a border.
+    """Where the tensors lie in a flat shard.
 
     Args:
         offsets: first element of each tensor, and the length of the shard. Kernels are faster on multiples of 16.
         device: of the shard.
-        config: of the kernels, which tiles are cut for.
+        config: of the kernels.
     """
 
     def __init__(self, offsets: Sequence[int], device: torch.device, config: Config | None = None) -> None:
-        self.config = config or pick("lamb", f"log2={offsets[-1].bit_length()}", lambda: CONFIGS, device)
-        sizes = torch.tensor(offsets, dtype=torch.int64).diff()
-        tiles = -(-sizes // self.config.blocks["BLOCK"])
-        self.offsets = torch.tensor(offsets, dtype=torch.int64, device=device)
-        self.first_tiles = torch.tensor([0, *tiles.cumsum(0).tolist()], dtype=torch.int32, device=device)
-        self.of_tile = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(tiles).to(device)
-        self._aligned = all(offset % _ALIGNMENT == 0 for offset in offsets)
+        self.config = config or _lamb_config(offsets[-1], device)
+        self._sizes = [end - begin for begin, end in itertools.pairwise(offsets)]
 
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """In the order of the kernels."""
-        return [self.offsets, self.first_tiles, self.of_tile]
+    def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return flat tensors segment by segment, each of one after the other."""
+        return [part for parts in zip(*(x.split(self._sizes) for x in tensors), strict=True) for part in parts]
 
     @property
     def launch(self) -> list[int]:
-        """Elements and warps of a tile, and whether all borders are aligned."""
-        return [self.config.blocks["BLOCK"], self.config.num_warps, self._aligned]
+        """Elements and warps of a tile."""
+        return _tile(self.config)
 
 
-@triton.jit
-def _applies(multiplier, skip):
-    factor = tl.load(multiplier)
-    return (tl.abs(factor) < float("inf")) & (tl.load(skip) == 0)
+def _adamw_config(length: int, device: torch.device) -> Config:
+    return pick("adamw", f"log2={length.bit_length()}", lambda: CONFIGS, device)
 
 
-@triton.jit
-def _advance(exp_avg, exp_avg_sq, grad, at, inside, multiplier, take1, take2):
-    """Update both moments in place and return them."""
-    g = tl.load(grad + at, inside, other=0.0).to(tl.float32) * tl.load(multiplier)
-    m = tl.load(exp_avg + at, inside, other=0.0)
-    v = tl.load(exp_avg_sq + at, inside, other=0.0)
-    # A step towards the new value: a factor 1 - take, rounded to float32, would shift the mean of many steps.
-    m += take1 * (g - m)
-    v += take2 * (g * g - v)
-    tl.store(exp_avg + at, m, inside)
-    tl.store(exp_avg_sq + at, v, inside)
-    return m, v
+def _lamb_config(length: int, device: torch.device) -> Config:
+    return pick("lamb", f"log2={length.bit_length()}", lambda: CONFIGS, device)
 
 
-@triton.jit
-def _one_minus_exp(x):
-    """Return 1 - exp(x) for x < 0, near 0 by its series, where the difference would lose digits."""
-    series = 1.0
-    for k in tl.static_range(7):
-        series = 1.0 + x / (8 - k) * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
-
-
-@triton.jit
-def _direction(m, v, step, log_beta1, log_beta2, eps):
-    """Return m / (sqrt(v) + eps), both moments freed from their bias towards 0."""
-    bias1 = _one_minus_exp(tl.load(step) * log_beta1)
-    bias2 = _one_minus_exp(tl.load(step) * log_beta2)
-    return tl.div_rn(m, bias1 * (tl.div_rn(tl.sqrt_rn(v), tl.sqrt_rn(bias2)) + eps))
-
-
-@triton.jit
-def _store(param, copy, at, inside, p):
-    tl.store(param + at, p, inside)
-    if copy is not None:
-        tl.store(copy + at, p.to(copy.dtype.element_ty), inside)
-
-
-@triton.jit
-def adamw(  # noqa: PLR0913
-    param,
-    exp_avg,
-    exp_avg_sq,
-    copy,
-    grad,
-    lr,
-    step,
-    multiplier,
-    skip,
-    take1,
-    log_beta1,
-    take2,
-    log_beta2,
-    eps,
-    decay,
-    length,
-    BLOCK: tl.constexpr,
-):
-    """One block of a flat shard."""
-    if _applies(multiplier, skip):
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < length
-        m, v = _advance(exp_avg, exp_avg_sq, grad, at, inside, multiplier, take1, take2)
-        p = tl.load(param + at, inside, other=0.0)
-        rate = tl.load(lr)
-        p -= rate * (_direction(m, v, step, log_beta1, log_beta2, eps) + decay * p)
-        _store(param, copy, at, inside, p)
-
-
-@triton.jit
-def _tile(offsets, first_tiles, of_tile, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return this program's segment, its elements, and which of them are in the segment."""
-    tile = tl.program_id(0)
-    segment = tl.load(of_tile + tile)
-    begin = tl.load(offsets + segment) + (tile - tl.load(first_tiles + segment)).to(tl.int64) * BLOCK
-    end = tl.load(offsets + segment + 1)
-    if ALIGNED:
-        begin = tl.multiple_of(begin, 16)
-        end = tl.multiple_of(end, 16)
-    at = begin + tl.arange(0, BLOCK)
-    return segment, at, at < end
-
-
-@triton.jit
-def lamb_moments(  # noqa: PLR0913
-    param,
-    exp_avg,
-    exp_avg_sq,
-    grad,
-    offsets,
-    first_tiles,
-    of_tile,
-    partials,
-    step,
-    multiplier,
-    skip,
-    take1,
-    log_beta1,
-    take2,
-    log_beta2,
-    eps,
-    decay,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """One tile: its moments, and its share of the square norms of parameters and update [2, tiles]."""
-    if _applies(multiplier, skip):
-        _, at, inside = _tile(offsets, first_tiles, of_tile, BLOCK, ALIGNED)
-        m, v = _advance(exp_avg, exp_avg_sq, grad, at, inside, multiplier, take1, take2)
-        p = tl.load(param + at, inside, other=0.0)
-        u = _direction(m, v, step, log_beta1, log_beta2, eps) + decay * p
-        tile = tl.program_id(0)
-        tl.store(partials + tile, tl.sum(p * p, 0))
-        tl.store(partials + tl.num_programs(0) + tile, tl.sum(u * u, 0))
-
-
-@triton.jit
-def segment_sums(partials, first_tiles, squares, tiles, BLOCK: tl.constexpr):
-    """Add up the partial sums of one segment."""
-    segment = tl.program_id(0)
-    begin = tl.load(first_tiles + segment)
-    end = tl.load(first_tiles + segment + 1)
-    partials += tl.program_id(1) * tiles
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(begin, end, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        total += tl.load(partials + at, at < end, other=0.0)
-    tl.store(squares + tl.program_id(1) * tl.num_programs(0) + segment, tl.sum(total, 0))
-
-
-@triton.jit
-def lamb_apply(  # noqa: PLR0913
-    param,
-    exp_avg,
-    exp_avg_sq,
-    copy,
-    offsets,
-    first_tiles,
-    of_tile,
-    squares,
-    lr,
-    step,
-    multiplier,
-    skip,
-    log_beta1,
-    log_beta2,
-    eps,
-    decay,
-    segments,
-    BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """One tile: along the direction, which is made again from the moments, since that reads less than keeping it."""
-    if _applies(multiplier, skip):
-        segment, at, inside = _tile(offsets, first_tiles, of_tile, BLOCK, ALIGNED)
-        m = tl.load(exp_avg + at, inside, other=0.0)
-        v = tl.load(exp_avg_sq + at, inside, other=0.0)
-        p = tl.load(param + at, inside, other=0.0)
-        u = _direction(m, v, step, log_beta1, log_beta2, eps) + decay * p
-        p_norm = tl.sqrt_rn(tl.load(squares + segment))
-        u_norm = tl.sqrt_rn(tl.load(squares + segments + segment))
-        usable = (p_norm > 0) & (u_norm > 0)
-        ratio = tl.where(usable, tl.div_rn(p_norm, tl.where(usable, u_norm, 1.0)), 1.0)
-        _store(param, copy, at, inside, p - tl.load(lr) * ratio * u)
-
-
-@triton.jit
-def square_partials(x, partials, length, BLOCK: tl.constexpr):
-    """Square sum of every num_programs-th block."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(length, BLOCK), tl.num_programs(0)):
-        at = block * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x + at, at < length, other=0.0).to(tl.float32)
-        total += value * value
-    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
+def _tile(config: Config) -> list[int]:
+    return [config.blocks["BLOCK"], config.num_warps]
 
 
 def launch_adamw(
-    shard: list[torch.Tensor],
-    grad: torch.Tensor,
+    shards: list[torch.Tensor],
+    grads: list[torch.Tensor],
     scalars: list[torch.Tensor],
     hyper: list[float],
     config: Config | None = None,
 ) -> None:
-    """See `adamw_`."""
-    length = grad.numel()
-    config = config or pick("adamw", f"log2={length.bit_length()}", lambda: CONFIGS, grad.device)
-    param, exp_avg, exp_avg_sq, copy = _with_copy(shard)
-    grid = (cdiv(length, config.blocks["BLOCK"]),)
-    launch_kernel(adamw, grid, param, exp_avg, exp_avg_sq, copy, grad, *scalars, *hyper, length, **config.arguments)
+    """Update tensors by AdamW, in one launch; in more if dtypes of gradients or alignments differ.
+
+    Args:
+        shards: parameter, both moments, and copy if there are copies, of each tensor: see `Shard`.
+        grads: of each tensor, contiguous.
+        scalars: see `Scalars`.
+        hyper: see `Hyper`.
+        config: of the kernel.
+    """
+    sizes, count = _sizes(grads), len(grads)
+    config = config or _adamw_config(sum(sizes), grads[0].device)
+    tables, tiles = _prepare(shards, grads, sizes, config.blocks["BLOCK"])
+    args = (*tables, *tiles.tensors, *scalars, *hyper)
+    for (dtype, aligned), (begin, programs) in tiles.ranges.items():
+        kind = {"GRAD": _TYPES[dtype], "COPY": _copy(shards, count), "ALIGNED": aligned}
+        launch_kernel(adamw, (programs,), *args, begin, **kind, **config.arguments)
 
 
 def launch_lamb_moments(
-    shard: list[torch.Tensor],
-    grad: torch.Tensor,
-    segments: list[torch.Tensor],
+    shards: list[torch.Tensor],
+    grads: list[torch.Tensor],
     scalars: list[torch.Tensor],
     hyper: list[float],
     tile: list[int],
 ) -> torch.Tensor:
-    """See `lamb_moments_`."""
-    tiles, count = segments[2].numel(), segments[0].numel() - 1
-    partials, squares = (torch.empty((2, n), dtype=torch.float32, device=grad.device) for n in (tiles, count))
-    args = (*shard[:3], grad, *segments, partials, *scalars[1:], *hyper)
-    launch_kernel(lamb_moments, (tiles,), *args, **_tile_arguments(tile))
-    launch_kernel(segment_sums, (count, 2), partials, segments[1], squares, tiles, BLOCK=_SEGMENT_BLOCK)
+    """Update moments as `launch_adamw` does, and return square norms after another launch: see `lamb_moments_`.
+
+    Args:
+        shards: see `launch_adamw`.
+        grads: see there.
+        scalars: see there.
+        hyper: see there.
+        tile: elements and warps.
+    """
+    (block, num_warps), count = tile, len(grads)
+    tables, tiles = _prepare(shards, grads, _sizes(grads), block)
+    total = tiles.owner.numel()
+    partials, squares = (torch.empty((2, n), dtype=torch.float32, device=grads[0].device) for n in (total, count))
+    args = (*tables, *tiles.tensors, partials, *scalars[1:], *hyper)
+    for (dtype, aligned), (begin, programs) in tiles.ranges.items():
+        kind = {"GRAD": _TYPES[dtype], "COPY": _copy(shards, count), "ALIGNED": aligned}
+        launch_kernel(lamb_moments, (programs,), *args, begin, total, **kind, BLOCK=block, num_warps=num_warps)
+    sums = (partials, tiles.sizes, tiles.first, squares, total)
+    launch_kernel(segment_sums, (count, 2), *sums, TILE=block, BLOCK=_SEGMENT_BLOCK)
     return squares
 
 
 def launch_lamb_apply(
-    shard: list[torch.Tensor],
+    shards: list[torch.Tensor],
     squares: torch.Tensor,
-    segments: list[torch.Tensor],
     scalars: list[torch.Tensor],
     hyper: list[float],
     tile: list[int],
 ) -> None:
-    """See `lamb_apply_`."""
-    _, log_beta1, _, log_beta2, eps, decay = hyper
-    rest = (squares.contiguous(), *scalars, log_beta1, log_beta2, eps, decay, squares.shape[1])
-    launch_kernel(lamb_apply, (segments[2].numel(),), *_with_copy(shard), *segments, *rest, **_tile_arguments(tile))
+    """Update parameters as `launch_adamw` does: see `lamb_apply_`, and for the arguments `launch_lamb_moments`."""
+    (block, num_warps), count = tile, squares.shape[1]
+    width = len(shards) // count
+    params, found = shards[::width], addresses(shards, width)
+    tiles = tiles_of(_sizes(params), (torch.float32,) * count, (found.aligned,), block, squares.device)
+    args = (found.table, *tiles.tensors, squares.contiguous(), *scalars, hyper[1], *hyper[3:])
+    for (_, aligned), (begin, programs) in tiles.ranges.items():
+        kind = {"COPY": _copy(shards, count), "ALIGNED": aligned}
+        launch_kernel(lamb_apply, (programs,), *args, begin, count, **kind, BLOCK=block, num_warps=num_warps)
 
 
-def _tile_arguments(tile: list[int]) -> dict[str, Any]:
-    block, num_warps, aligned = tile
-    return {"BLOCK": block, "num_warps": num_warps, "ALIGNED": bool(aligned)}
+def _prepare(
+    shards: list[torch.Tensor], grads: list[torch.Tensor], sizes: tuple[int, ...], block: int
+) -> tuple[list[torch.Tensor], Tiles]:
+    """Return the tables of addresses, and the tiles."""
+    found, others = addresses(shards, len(shards) // len(grads)), addresses(grads, 1)
+    dtypes, aligned = tuple([x.dtype for x in grads]), (found.aligned, others.aligned)
+    return [found.table, others.table], tiles_of(sizes, dtypes, aligned, block, grads[0].device)
+
+
+def _sizes(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    return tuple([x.numel() for x in tensors])  # a list first, which takes less time
+
+
+def _copy(shards: list[torch.Tensor], count: int) -> Any:
+    return _TYPES[shards[3].dtype] if len(shards) == 4 * count else None
 
 
 def launch_square_sum(tensors: list[torch.Tensor], config: Config | None = None) -> torch.Tensor:
@@ -352,22 +213,18 @@ def launch_square_sum(tensors: list[torch.Tensor], config: Config | None = None)
     return partials.sum()
 
 
-def _with_copy(shard: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-    return (*shard, None) if len(shard) == 3 else tuple(shard)
-
-
 _adamw = operator(
-    "adamw_(Tensor(a!)[] shard, Tensor grad, Tensor[] scalars, float[] hyper) -> ()", launch_adamw, lambda *_: None
+    "adamw_(Tensor(a!)[] shards, Tensor[] grads, Tensor[] scalars, float[] hyper) -> ()",
+    launch_adamw,
+    lambda *_: None,
 )
 _lamb_moments = operator(
-    "lamb_moments_(Tensor(a!)[] shard, Tensor grad, Tensor[] segments, Tensor[] scalars, float[] hyper, int[] tile)"
-    " -> Tensor",
+    "lamb_moments_(Tensor(a!)[] shards, Tensor[] grads, Tensor[] scalars, float[] hyper, int[] tile) -> Tensor",
     launch_lamb_moments,
-    lambda shard, grad, segments, *_: grad.new_empty((2, segments[0].numel() - 1), dtype=torch.float32),
+    lambda shards, grads, *_: grads[0].new_empty((2, len(grads)), dtype=torch.float32),
 )
 _lamb_apply = operator(
-    "lamb_apply_(Tensor(a!)[] shard, Tensor squares, Tensor[] segments, Tensor[] scalars, float[] hyper, int[] tile)"
-    " -> ()",
+    "lamb_apply_(Tensor(a!)[] shards, Tensor squares, Tensor[] scalars, float[] hyper, int[] tile) -> ()",
     launch_lamb_apply,
     lambda *_: None,
 )
@@ -389,7 +246,7 @@ def adamw_(shard: Shard, grad: torch.Tensor, scalars: Scalars, hyper: Hyper) -> 
 
     Source: arXiv 1711.05101, algorithm 2.
     """
-    _adamw(shard.tensors, grad, scalars.arguments, hyper.arguments)
+    _adamw(shard.tensors, [grad], scalars.arguments, hyper.arguments)
 
 
 def lamb_moments_(shard: Shard, grad: torch.Tensor, segments: Segments, scalars: Scalars, hyper: Hyper) -> torch.Tensor:
@@ -408,7 +265,8 @@ def lamb_moments_(shard: Shard, grad: torch.Tensor, segments: Segments, scalars:
 
     Source: arXiv 1904.00962, algorithm 2.
     """
-    return _lamb_moments(shard.tensors, grad, segments.tensors, scalars.arguments, hyper.arguments, segments.launch)
+    tensors, grads = segments.cut(shard.tensors), segments.cut([grad])
+    return _lamb_moments(tensors, grads, scalars.arguments, hyper.arguments, segments.launch)
 
 
 def lamb_apply_(shard: Shard, squares: torch.Tensor, segments: Segments, scalars: Scalars, hyper: Hyper) -> None:
@@ -421,7 +279,7 @@ def lamb_apply_(shard: Shard, squares: torch.Tensor, segments: Segments, scalars
         scalars: see there.
         hyper: see there.
     """
-    _lamb_apply(shard.tensors, squares, segments.tensors, scalars.arguments, hyper.arguments, segments.launch)
+    _lamb_apply(segments.cut(shard.tensors), squares, scalars.arguments, hyper.arguments, segments.launch)
 
 
 def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -433,29 +291,17 @@ def square_sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def update_(parts: Sequence[Part], now: Now, hyper: Hyper, sum_squares: SumSquares | None) -> None:
-    """See `kernels.optimizer.reference`."""
+    """See `kernels.optimizer.reference`; a few launches for all parts."""
     lr, multiplier = torch.full_like(now.step, now.lr), now.grad_scale.reciprocal()
-    scalars = Scalars(lr=lr, step=now.step, multiplier=multiplier, skip=now.skip)
-    shards = [Shard(param=part.param, exp_avg=part.exp_avg, exp_avg_sq=part.exp_avg_sq) for part in parts]
+    scalars = Scalars(lr=lr, step=now.step, multiplier=multiplier, skip=now.skip).arguments
+    shards = [x for part in parts for x in (part.param, part.exp_avg, part.exp_avg_sq)]
     grads = [part.grad.contiguous() for part in parts]
     if sum_squares is None:
-        for shard, grad in zip(shards, grads, strict=True):
-            adamw_(shard, grad, scalars, hyper)
+        _adamw(shards, grads, scalars, hyper.arguments)
         return
-    segments = [_one_segment(grad.numel(), grad.device) for grad in grads]
-    squares = [
-        lamb_moments_(shard, grad, segment, scalars, hyper)
-        for shard, grad, segment in zip(shards, grads, segments, strict=True)
-    ]
-    whole = sum_squares(torch.cat(squares, 1).T).unsqueeze(-1)
-    for shard, square, segment in zip(shards, whole, segments, strict=True):
-        lamb_apply_(shard, square, segment, scalars, hyper)
-
-
-@cache
-def _one_segment(length: int, device: torch.device) -> Segments:
-    """A tensor that is a shard of its own."""
-    return Segments([0, length], device)
+    tile = _tile(_lamb_config(sum(_sizes(grads)), grads[0].device))
+    squares = _lamb_moments(shards, grads, scalars, hyper.arguments, tile)
+    _lamb_apply(shards, sum_squares(squares.T).T, scalars, hyper.arguments, tile)
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
@@ -465,23 +311,29 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     for config, dtype in itertools.product(SUM_CONFIGS, (torch.bfloat16, torch.float16, torch.float32)):
         args = (torch.empty(4096, dtype=dtype), torch.empty(16), 4096)
         yield _label("square_partials", dtype, config), square_partials, args, config.arguments
-    ints = torch.empty(16, dtype=torch.int32)
-    yield "segment_sums", segment_sums, (torch.empty(16), ints, torch.empty(16), 16), {"BLOCK": _SEGMENT_BLOCK}
+    *_, sizes, first, _ = _tables()
+    args = (torch.empty(16), sizes, first, torch.empty(16), 16)
+    yield "segment_sums", segment_sums, args, {"TILE": CONFIGS[0].blocks["BLOCK"], "BLOCK": _SEGMENT_BLOCK}
+
+
+def _tables() -> list[torch.Tensor]:
+    """Addresses twice, sizes, first tiles and owners."""
+    return [torch.empty(16, dtype=dtype) for dtype in (*3 * (torch.int64,), torch.int32, torch.int32)]
 
 
 def _update_compilations(config: Config, dtype: torch.dtype):
     """Updates with gradients of `dtype`, and a copy in it where that is not float32."""
-    flat, grad, scalar = torch.empty(4096), torch.empty(4096, dtype=dtype), torch.empty(())
-    copy = None if dtype == torch.float32 else grad
+    shards, grads, *tiles = _tables()
+    flat, scalar, copy = torch.empty(16), torch.empty(()), None if dtype == torch.float32 else _TYPES[dtype]
     scalars = [scalar, scalar, scalar, torch.empty((), dtype=torch.bool)]
     hyper = Hyper(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1).arguments
-    segments = [torch.empty(16, dtype=kind) for kind in (torch.int64, torch.int32, torch.int32)]
-    args = (flat, flat, flat, copy, grad, *scalars, *hyper, 4096)
-    yield _label("adamw", dtype, config), adamw, args, config.arguments
-    args = (flat, flat, flat, grad, *segments, flat, *scalars[1:], *hyper)
-    yield _label("lamb_moments", dtype, config), lamb_moments, args, {**config.arguments, "ALIGNED": True}
-    args = (flat, flat, flat, copy, *segments, flat, *scalars, hyper[1], hyper[3], *hyper[4:], 16)
-    yield _label("lamb_apply", dtype, config), lamb_apply, args, {**config.arguments, "ALIGNED": True}
+    kind = {"GRAD": _TYPES[dtype], "COPY": copy, "ALIGNED": True}
+    args = (shards, grads, *tiles, *scalars, *hyper, 0)
+    yield _label("adamw", dtype, config), adamw, args, kind | config.arguments
+    args = (shards, grads, *tiles, flat, *scalars[1:], *hyper, 0, 16)
+    yield _label("lamb_moments", dtype, config), lamb_moments, args, kind | config.arguments
+    args = (shards, *tiles, flat, *scalars, hyper[1], *hyper[3:], 0, 16)
+    yield _label("lamb_apply", dtype, config), lamb_apply, args, {"COPY": copy, "ALIGNED": True} | config.arguments
 
 
 def _label(kernel: str, dtype: torch.dtype, config: Config) -> str:

@@ -1,4 +1,4 @@
-"""Optimizer kernels against torch's AdamW, our LAMB and float64; steps that are skipped; sums that repeat."""
+"""Optimizer kernels against torch's AdamW, our LAMB and float64; many tensors at once; steps that are skipped."""
 
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from shardwright.conf.load import load_config
 from shardwright.kernels import optimizer as op
 from shardwright.kernels.op import Situation
 from shardwright.kernels.triton import optimizer as opt
+from shardwright.kernels.triton import optimizer_tables as tables
 from shardwright.trainer.optim import Optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +65,7 @@ def test_adamw_is_torchs(dtype, config):
     start = shard.param.clone()
     for i, (grad, lr) in enumerate(zip(grads, lrs, strict=True)):
         now = scalars(lr=lr, step=i + 1.0, multiplier=0.25)
-        opt.launch_adamw(shard.tensors, grad, now.arguments, HYPER.arguments, config)
+        opt.launch_adamw(shard.tensors, [grad], now.arguments, HYPER.arguments, config)
     theirs, truth = (torch_adamw(start, grads, lrs, 0.25, d) for d in (torch.float32, torch.float64))
     for three in zip(shard.tensors, theirs, truth, strict=True):
         assert_twice(*three)
@@ -117,7 +118,6 @@ def test_lamb_is_ours(shapes, config):
     shard = opt.Shard(param=flat, exp_avg=zeros, exp_avg_sq=zeros.clone(), copy=copy)
     sizes = torch.tensor([p.numel() for p in model.values()])
     segments = opt.Segments([0, *sizes.cumsum(0).tolist()], flat.device, config)
-    assert segments.launch[2] == (shapes is ALIGNED)
     exact = [p.detach().double() for p in model.values()]
     states = [(torch.zeros_like(p), torch.zeros_like(p)) for p in exact]
     for i, grad in enumerate(gradients(len(flat), 3)):
@@ -189,7 +189,7 @@ def train(update, config):
     model = torch.nn.Sequential(*layers).to(DEVICE)
     optimizer, losses = Optimizer(config, model, update), []
     for step in range(8):
-        x = torch.randn(16, 7, device=DEVICE)
+        x = torch.randn(16, 7).to(DEVICE)  # the same on each device
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
         loss.backward()
         scale = torch.tensor(1.0 + step / 3, device=DEVICE)
@@ -235,6 +235,189 @@ def test_parts_may_be_empty_and_gradients_lie_apart(sum_squares):
     assert not torch.equal(results[0], make_shard(60).param.view(6, 10))
 
 
+# Elements, and how many of them a tensor starts after a multiple of 16 bytes.
+MANY = [(0, 0), (5, 0), (16, 0), (1040, 0), (1040, 1), (1500, 0), (1024, 2), (1, 3), (48, 0)]
+
+
+@pytest.fixture
+def four_per_launch(monkeypatch):
+    """Addresses, so that a table takes several launches; interpreted, each takes long."""
+    monkeypatch.setattr(tables, "_PER_LAUNCH", 4)
+    tables._kept.cache_clear()
+
+
+def lying(x, offset):
+    """A copy that starts so many elements after a multiple of 16 bytes."""
+    moved = torch.empty(len(x) + offset, dtype=x.dtype, device=DEVICE)[offset:]
+    return moved.copy_(x)
+
+
+def many_shards(copy=None):
+    shards = []
+    for i, (size, offset) in enumerate(MANY):
+        plain = make_shard(size, seed=i)
+        named = {name: lying(getattr(plain, name), offset) for name in ("param", "exp_avg", "exp_avg_sq")}
+        extra = None if copy is None else torch.zeros(size, dtype=copy, device=DEVICE)
+        shards.append(opt.Shard(**named, copy=extra))
+    return shards
+
+
+def many_gradients(step, short):
+    """Of every third tensor in `short`; at odd addresses in the third step."""
+    return [
+        lying(gradients(size, step + 1, short if i % 3 == 0 else torch.float32)[step], int(step == 2))
+        for i, (size, _) in enumerate(MANY)
+    ]
+
+
+def update_all(kind, shards, grads, now):
+    tensors = [x for shard in shards for x in shard.tensors]
+    if kind == "adamw":
+        opt.launch_adamw(tensors, grads, now.arguments, HYPER.arguments, opt.CONFIGS[1])
+        return
+    tile = [512, 4]
+    squares = opt.launch_lamb_moments(tensors, grads, now.arguments, HYPER.arguments, tile)
+    assert now.skip or all((x == 0).all() for x, grad in zip(squares.T, grads, strict=True) if not len(grad))
+    opt.launch_lamb_apply(tensors, squares, now.arguments, HYPER.arguments, tile)
+
+
+@pytest.mark.parametrize("copy", [None, SHORT])
+@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+@pytest.mark.usefixtures("four_per_launch")
+def test_all_at_once_is_one_by_one(kind, copy):
+    """Bit for bit, with gradients of two dtypes, at other addresses in every step, the second of which is skipped."""
+    together, alone, kept = many_shards(copy), many_shards(copy), []
+    plain = [op.Part(**{n: getattr(s, n) for n in ("param", "exp_avg", "exp_avg_sq")}, grad=s.param)
+             for s in many_shards()[1:]]  # fmt: skip
+    for step in range(3):
+        grads, now = many_gradients(step, SHORT), scalars(lr=0.02, step=max(step, 1), multiplier=0.25, skip=step == 1)
+        kept.append(grads)  # so that the next ones lie elsewhere
+        update_all(kind, together, grads, now)
+        for shard, grad in zip(alone, grads, strict=True):
+            update_all(kind, [shard], [grad], now)
+        same = op.Now(lr=0.02, step=now.step, grad_scale=1 / now.multiplier, skip=now.skip)
+        parts = [replace(part, grad=grad.float()) for part, grad in zip(plain, grads[1:], strict=True)]
+        op.reference(parts, same, HYPER, None if kind == "adamw" else lambda squares: squares)
+    for ours, single in zip(together, alone, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours.tensors, single.tensors, strict=True))
+        assert copy is None or torch.equal(ours.copy, ours.param.to(copy))
+    for ours, part in zip(together[1:], plain, strict=True):
+        torch.testing.assert_close(ours.param, part.param, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(ours.exp_avg, part.exp_avg, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(ours.exp_avg_sq, part.exp_avg_sq, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture
+def launched(monkeypatch, four_per_launch):
+    """Names of the kernels that are launched."""
+    names = []
+
+    def launch(kernel, *args, **constants):
+        names.append(kernel.fn.__name__)
+        plain(kernel, *args, **constants)
+
+    plain = tables.launch_kernel
+    for module in (opt, tables):
+        monkeypatch.setattr(module, "launch_kernel", launch)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("sum_squares", "updates"), [(None, ["adamw"]), (lambda x: x, ["lamb_moments", "segment_sums", "lamb_apply"])]
+)
+def test_launches_are_as_few_for_many_tensors(sum_squares, updates, launched):
+    def part():
+        return op.Part(param=make_shard(16).param, grad=gradients(16, 1)[0], **make_moments(16))
+
+    parts, scale = [part() for _ in range(4)], torch.ones((), device=DEVICE)
+    now = op.Now(lr=0.1, step=scale, grad_scale=scale, skip=scale < 0)
+    expected = [
+        (parts, ["write_addresses"] * 4),  # of parameters and moments 3, and 1 of gradients
+        (parts, []),
+        ([replace(one, grad=one.grad.clone()) for one in parts], ["write_addresses"]),
+        (parts, []),
+    ]
+    for those, writes in expected:
+        launched.clear()
+        op.triton(those, now, HYPER, sum_squares)
+        assert launched == writes + updates
+
+
+def test_a_parameter_without_gradient_rests():
+    """As where a layer is not used in some steps; the tables are then of other tensors."""
+    config = load_config(["optim=adamw", *VALUES]).optim
+    results = []
+    for update in (op.triton, op.reference):
+        torch.manual_seed(0)
+        model = torch.nn.ParameterList([torch.randn(4, 9), torch.randn(33), torch.randn(5, 16)]).to(DEVICE)
+        optimizer = Optimizer(config, model, update)
+        for step in range(4):
+            before = [p.detach().clone() for p in model]
+            for i, p in enumerate(model):
+                p.grad = None if i == step else torch.randn(p.shape).to(DEVICE)
+            optimizer.step(lr=0.1, grad_scale=torch.ones((), device=DEVICE), skip=torch.tensor(False, device=DEVICE))
+            assert [torch.equal(p, old) for p, old in zip(model, before, strict=True)] == [i == step for i in range(3)]
+        results.append([p.detach() for p in model])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_tiles_are_in_the_order_of_their_kinds():
+    full, half = torch.float32, torch.float16
+    flags = (True, True, True, False, True), (True, False, True, True, True)
+    tiles = tables.tiles_of((64, 32, 40, 16, 0), (half, half, full, half, half), flags, 16, torch.device("cpu"))
+    assert tiles.ranges == {(half, True): (0, 4), (half, False): (4, 3), (full, False): (7, 3)}
+    assert tiles.owner.tolist() == [0, 0, 0, 0, 1, 1, 3, 2, 2, 2]
+    assert tiles.first.tolist() == [0, 4, 7, 6, 4] and tiles.sizes.tolist() == [64, 32, 40, 16, 0]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("sum_squares", [None, lambda squares: squares])
+def test_a_graph_holds_its_addresses(sum_squares):
+    """Replayed after steps with gradients elsewhere, whose tables take the place of those of the graph, if any."""
+    scale = torch.ones((), device=DEVICE)
+    now = op.Now(lr=0.01, step=scale, grad_scale=scale, skip=scale < 0)
+
+    def new_parts():
+        return [op.Part(param=make_shard(n, seed=n).param, grad=torch.zeros(n, device=DEVICE), **make_moments(n))
+                for n in (2048, 77, 5000)]  # fmt: skip
+
+    ours, theirs = new_parts(), new_parts()
+    sources = gradients(5000, 6)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        op.triton(new_parts(), now, HYPER, sum_squares)  # what is compiled and made once
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        op.triton(ours, now, HYPER, sum_squares)
+    for step, source in enumerate(sources):
+        elsewhere = [replace(part, grad=source[: part.grad.numel()].clone()) for part in theirs]
+        op.triton(elsewhere, now, HYPER, sum_squares)
+        if step % 2:
+            op.triton([replace(a, grad=b.grad) for a, b in zip(ours, elsewhere, strict=True)], now, HYPER, sum_squares)
+        else:
+            for part in ours:
+                part.grad.copy_(source[: part.grad.numel()])
+            graph.replay()
+        tables._kept.cache_clear()
+        torch.cuda.empty_cache()
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("param", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_every_stream_has_its_own_table():
+    x = torch.ones(16, device=DEVICE)
+    here = tables.addresses([x], 1)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        there = tables.addresses([x], 1)
+        torch.cuda.current_stream().synchronize()
+    assert here is tables.addresses([x], 1) and here.table.data_ptr() != there.table.data_ptr()
+    assert here.table[0] == there.table[0] == x.data_ptr()
+
+
 def test_the_candidate_is_chosen_on_a_gpu():
     assert op.OP.choose("auto", Situation(device="cuda", dtype=torch.bfloat16)) is op.triton
     assert op.OP.choose("auto", Situation(device="cpu", dtype=torch.float32)) is op.reference
@@ -268,12 +451,13 @@ def test_square_sum_shows_what_is_not_finite():
 def test_operators_keep_the_rules_of_torch():
     shard, grad, now = make_shard(50, copy=SHORT), gradients(50, 1)[0], scalars()
     segments = opt.Segments([0, 20, 50], grad.device)
-    rest = segments.tensors, now.arguments, HYPER.arguments, segments.launch
+    tensors, grads = segments.cut(shard.tensors), segments.cut([grad])
+    rest = now.arguments, HYPER.arguments, segments.launch
     squares = torch.ones(2, 2, device=DEVICE)
     ops = torch.ops.shardwright
-    torch.library.opcheck(ops.adamw_, (shard.tensors, grad, now.arguments, HYPER.arguments))
-    torch.library.opcheck(ops.lamb_moments_, (shard.tensors, grad, *rest))
-    torch.library.opcheck(ops.lamb_apply_, (shard.tensors, squares, *rest))
+    torch.library.opcheck(ops.adamw_, (shard.tensors, [grad], now.arguments, HYPER.arguments))
+    torch.library.opcheck(ops.lamb_moments_, (tensors, grads, *rest))
+    torch.library.opcheck(ops.lamb_apply_, (tensors, squares, *rest))
     torch.library.opcheck(ops.square_sum, ([grad, grad[:7].half()],))
 
 
@@ -283,7 +467,7 @@ def test_compilers_see_no_break(backend):
 
     def step(shard, grad, scalars):
         clipped = [*scalars[:2], scalars[2] / opt.square_sum([grad]).sqrt().clamp(min=1.0), scalars[3]]
-        torch.ops.shardwright.adamw_(shard, grad, clipped, hyper)
+        torch.ops.shardwright.adamw_(shard, [grad], clipped, hyper)
 
     shards = make_shard(300), make_shard(300)
     torch.compile(step, fullgraph=True, backend=backend)(shards[0].tensors, grad, now.arguments)
