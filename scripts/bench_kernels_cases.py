@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardwright.kernels import (
     attention,
@@ -24,10 +23,12 @@ from shardwright.kernels import (
     swiglu,
     vocabulary_statistics,
 )
-from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
+from shardwright.kernels.op import Candidate, KernelError, Op, Situation, lacks_triton
 from shardwright.kernels.optimizer import Hyper, Now, Part
+from shardwright.scripts import bench_kernels_peers as peers
+from shardwright.scripts.bench_kernels_peers import Implementation, Mask
 
-Implementation = Callable[..., torch.Tensor]
+Load = Callable[[], Implementation]
 COPY, PRODUCT = "copy GB/s", "product TFLOP/s"
 
 
@@ -37,34 +38,34 @@ class Case:
 
     Attributes:
         label: what it is called.
-        op: whose implementations are measured.
+        family: of the cases that are drawn into one picture.
+        op: whose implementations are measured; one of the benchmark's own where the program has none.
         inputs: makes the arguments on a device.
         work: direction (`forward`, `backward`, `both`) -> bytes that have to be read and written, or floating-point
             operations.
         unit: of the ceiling that the work is held against.
         peers: implementations of other packages by name, each loaded when it is needed.
         sizes: as `Situation` has them.
+        length: tokens of a sequence, in families that are drawn over it.
+        reference: whether it is measured too; attention's takes more memory than there is.
     """
 
     label: str
+    family: str = "pointwise"
     op: Op
     inputs: Callable[[torch.device], list[Any]]
     work: Mapping[str, float]
     unit: str = COPY
-    peers: Mapping[str, Callable[[], Implementation]] = field(default_factory=dict)
+    peers: Mapping[str, Load] = field(default_factory=dict)
     sizes: Mapping[str, int | None] = field(default_factory=dict)
     dtype: torch.dtype = torch.bfloat16
+    length: int | None = None
+    reference: bool = True
 
-    def implementations(self, situation: Situation) -> Iterator[tuple[str, Implementation, str | None]]:
-        """Yield name, function and why it cannot run, if so."""
-        yield "reference", self.op.reference, None
-        for candidate in self.op.candidates:
-            yield candidate.name, candidate.function, candidate.unsupported(situation)
-        for name, load in self.peers.items():
-            try:
-                yield name, load(), None
-            except (ImportError, AttributeError) as error:
-                yield name, self.op.reference, f"not installed: {error}"
+    def implementations(self, situation: Situation) -> dict[str, Load]:
+        """Return what gives each implementation by name, or raises where it cannot run."""
+        own = {candidate.name: partial(_load, candidate, situation) for candidate in self.op.candidates}
+        return ({"reference": lambda: self.op.reference} if self.reference else {}) | own | dict(self.peers)
 
     def rate(self, direction: str, milliseconds: float) -> dict[str, Any]:
         """Return the rate in the unit of the ceiling."""
@@ -72,47 +73,138 @@ class Case:
         return {"unit": self.unit, "rate": self.work[direction] / (milliseconds / 1e3) / scale}
 
 
+def _load(candidate: Candidate, situation: Situation) -> Implementation:
+    if refusal := candidate.unsupported(situation):
+        raise KernelError(refusal)
+    return candidate.function
+
+
 def cases(*, small: bool) -> Iterator[Case]:
     """Yield all cases; `small` ones only show that everything runs."""
     shrink = 64 if small else 1
-    yield from _pointwise(shrink)
+    yield from _norms(16384 // shrink, 4096 // shrink)
+    yield from _ropes(16384 // shrink, max(32 // shrink, 2), max(8 // shrink, 1))
+    yield from _gated(16384 // shrink, 14336 // shrink)
     yield _embedding(16384 // shrink, 4096 // shrink, 128256 // shrink)
     yield from (_optimizer(kind, 10, shrink) for kind in ("adamw", "lamb"))
     yield _cross_entropy(8192 // shrink, 128256 // shrink)
     yield _vocabulary_statistics(8192 // shrink, 16032 // shrink)
     yield _linear(16384 // shrink, 4096 // shrink, 14336 // shrink)
     yield _linear_cross_entropy(8192 // shrink, 4096 // shrink, 128256 // shrink)
-    for head_dim in (128, 64):
-        for tokens in (2048, 4096, 8192, 16384):
-            yield _attention(16384 // shrink, tokens // shrink, head_dim, documents=1)
-    yield _attention(16384 // shrink, 16384 // shrink, 128, documents=1, window=1024 // shrink)
-    yield _attention(16384 // shrink, 16384 // shrink, 128, documents=8)
+    yield from _attentions(16384 // shrink, 2048 // min(shrink, 8))
 
 
-def _pointwise(shrink: int) -> Iterator[Case]:
-    tokens, hidden, wide = 16384 // shrink, 4096 // shrink, 14336 // shrink
+def _norms(tokens: int, hidden: int) -> Iterator[Case]:
+    """RMSNorm as models have it, and the kernel's other forms."""
     numel = 2 * tokens * hidden
+    matrix, vector = (lambda device: _leaf(device, tokens, hidden)), (lambda device: _leaf(device, hidden))
+    work = {"forward": 2 * numel, "backward": 3 * numel}
     yield Case(
         label=f"rms_norm {tokens} x {hidden}",
         op=rms_norm.OP,
-        inputs=lambda device: [_leaf(device, tokens, hidden), _leaf(device, hidden), 1e-5],
-        work={"forward": 2 * numel, "backward": 3 * numel},
-        peers={"liger": _liger_rms_norm},
+        inputs=lambda device: [matrix(device), vector(device), 1e-5],
+        work=work,
+        peers={
+            "liger": peers.liger_rms_norm,
+            "quack": peers.quack_rms_norm,
+            "compiled": partial(peers.compiled, rms_norm.OP.reference),
+        },
     )
-    numel = 2 * tokens * 32 * 128 // shrink
+    layer_norm = _own("layer_norm", _torch_layer_norm, "norm", "layer_norm")
     yield Case(
-        label=f"rope {tokens} x {32 * 128 // shrink}",
-        op=rope.OP,
-        inputs=lambda device: [_leaf(device, 1, tokens, max(32 // shrink, 1), 128), *_angles(device, tokens)],
-        work={"forward": 2 * numel, "backward": 2 * numel},
+        label=f"layer_norm {tokens} x {hidden}",
+        op=layer_norm,
+        inputs=lambda device: [matrix(device), vector(device), vector(device), 1e-5],
+        work=work,
+        peers={"liger": peers.liger_layer_norm, "compiled": partial(peers.compiled, layer_norm.reference)},
+    )
+    work = {"forward": 4 * numel, "backward": 4 * numel}
+    residual_rms = _own("residual_rms_norm", _plain_residual(rms_norm.native), "norm", "residual_rms_norm")
+    yield Case(
+        label=f"residual_rms_norm {tokens} x {hidden}",
+        op=residual_rms,
+        inputs=lambda device: [matrix(device), matrix(device), vector(device), 1e-5],
+        work=work,
+        peers={
+            "liger": peers.liger_residual_rms_norm,
+            "quack": peers.quack_residual_rms_norm,
+            "compiled": partial(peers.compiled, residual_rms.reference),
+        },
+    )
+    residual_layer = _own("residual_layer_norm", _plain_residual(_torch_layer_norm), "norm", "residual_layer_norm")
+    yield Case(
+        label=f"residual_layer_norm {tokens} x {hidden}",
+        op=residual_layer,
+        inputs=lambda device: [matrix(device), matrix(device), vector(device), vector(device), 1e-5],
+        work=work,
+        peers={"compiled": partial(peers.compiled, residual_layer.reference)},
+    )
+
+
+def _torch_layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _plain_residual(norm: Implementation) -> Implementation:
+    def plain(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return norm(total, *rest), total
+
+    return plain
+
+
+def _ropes(tokens: int, heads: int, kv_heads: int) -> Iterator[Case]:
+    """Queries alone, and with keys in one launch."""
+
+    def inputs(counts: tuple[int, ...], device: torch.device) -> list[Any]:
+        return [*(_leaf(device, 1, tokens, count, 128) for count in counts), *_angles(device, tokens)]
+
+    def plain(q_BTHD, k_BTKD, cos_BTD, sin_BTD):
+        return tuple(rope.reference(x, cos_BTD, sin_BTD) for x in (q_BTHD, k_BTKD))
+
+    pair = _own("rope_qk", plain, "rope", "rope_qk")
+    others = {"liger": peers.liger_rope_qk, "quack": peers.quack_rope_qk}
+    for op, counts, found in ((rope.OP, (heads,), {}), (pair, (heads, kv_heads), others)):
+        numel = 2 * tokens * sum(counts) * 128
+        yield Case(
+            label=f"{op.name} {tokens} x {sum(counts) * 128}",
+            op=op,
+            inputs=partial(inputs, counts),
+            work={"forward": 2 * numel, "backward": 2 * numel},
+            peers={**found, "compiled": partial(peers.compiled, op.reference)},
+        )
+
+
+def _gated(tokens: int, wide: int) -> Iterator[Case]:
+    geglu = _own(
+        "geglu",
+        lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+        "gated",
+        "geglu",
+        approximate="tanh",
     )
     numel = 2 * tokens * wide
-    yield Case(
-        label=f"swiglu {tokens} x {wide}",
-        op=swiglu.OP,
-        inputs=lambda device: [_leaf(device, tokens, wide), _leaf(device, tokens, wide)],
-        work={"forward": 3 * numel, "backward": 5 * numel},
-        peers={"liger": _liger_swiglu},
+    for op, liger in ((swiglu.OP, peers.liger_swiglu), (geglu, peers.liger_geglu)):
+        yield Case(
+            label=f"{op.name} {tokens} x {wide}",
+            op=op,
+            inputs=lambda device: [_leaf(device, tokens, wide), _leaf(device, tokens, wide)],
+            work={"forward": 3 * numel, "backward": 5 * numel},
+            peers={"liger": liger, "compiled": partial(peers.compiled, op.reference)},
+        )
+
+
+def _own(name: str, reference: Implementation, module: str, function: str, **options: Any) -> Op:
+    """Return an op that models do not choose an implementation of: a function of `kernels/triton` and plain torch."""
+
+    def fused(*args: Any) -> Any:
+        found = getattr(import_module(f"shardwright.kernels.triton.{module}"), function)  # needs triton
+        return found(*args, **options)
+
+    return Op(
+        name=name,
+        reference=reference,
+        candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton),),
     )
 
 
@@ -130,6 +222,7 @@ def _embedding(tokens: int, hidden: int, vocab: int) -> Case:
         op=embedding.OP,
         inputs=inputs,
         work={"forward": 2 * tokens * row, "backward": (tokens + vocab) * row},
+        peers={"liger": peers.liger_embedding},
     )
 
 
@@ -160,21 +253,22 @@ def _cross_entropy(tokens: int, vocab: int) -> Case:
     def inputs(device: torch.device) -> list[Any]:
         return [_leaf(device, tokens, vocab), torch.randint(vocab, (tokens,), device=device)]
 
-    def fused(logits_NV, labels_N):
-        from shardwright.kernels.triton.cross_entropy import cross_entropy
+    def plain(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits_NV, labels_N, reduction="sum")
 
-        return cross_entropy(logits_NV, labels_N)[0].sum()
-
+    op = _own("cross_entropy", plain, "cross_entropy", "cross_entropy")
+    op = _wrapped(op, lambda function: lambda *args: function(*args)[0].sum())
     return Case(
         label=f"cross_entropy {tokens} x {vocab}",
-        op=Op(
-            name="cross_entropy",
-            reference=lambda logits_NV, labels_N: F.cross_entropy(logits_NV, labels_N, reduction="sum"),
-            candidates=(Candidate(name="triton", function=fused, unsupported=lacks_triton),),
-        ),
+        family="loss",
+        op=replace(op, reference=plain),
         inputs=inputs,
         work={"forward": 2 * tokens * vocab, "both": 6 * tokens * vocab},
-        peers={"liger": _liger_cross_entropy},
+        peers={
+            "liger": peers.liger_cross_entropy,
+            "quack": peers.quack_cross_entropy,
+            "compiled": partial(peers.compiled, plain),
+        },
     )
 
 
@@ -184,16 +278,20 @@ def _vocabulary_statistics(tokens: int, vocab: int) -> Case:
     def wrap(statistics: Callable[..., Any]) -> Implementation:
         return lambda logits_Nv, labels_N: torch.sub(*statistics(logits_Nv, labels_N, 0)).sum()
 
+    op = _wrapped(vocabulary_statistics.OP, wrap)
     return Case(
         label=f"vocabulary_statistics {tokens} x {vocab}",
-        op=_wrapped(vocabulary_statistics.OP, wrap),
+        family="loss",
+        op=op,
         inputs=lambda device: [_leaf(device, tokens, vocab), torch.randint(8 * vocab, (tokens,), device=device)],
         work={"forward": 2 * tokens * vocab, "both": 6 * tokens * vocab},
+        peers={"compiled": partial(peers.compiled, op.reference)},
     )
 
 
 def _linear(tokens: int, depth: int, width: int) -> Case:
     return Case(
+        family="products",
         label=f"linear {tokens} x {depth} x {width}",
         op=linear.OP,
         inputs=lambda device: [_leaf(device, tokens, depth), _leaf(device, width, depth)],
@@ -209,39 +307,91 @@ def _linear_cross_entropy(tokens: int, hidden: int, vocab: int) -> Case:
         return [_leaf(device, 1, tokens, hidden), _leaf(device, vocab, hidden), labels]
 
     return Case(
+        family="products",
         label=f"linear_cross_entropy {tokens} x {hidden} x {vocab}",
         op=linear_cross_entropy.OP,
         inputs=inputs,
         work={"both": 6 * tokens * hidden * vocab},
         unit=PRODUCT,
-        peers={"products alone": lambda: _products, "liger": _liger_linear_cross_entropy},
+        peers={
+            "products alone": peers.products,
+            "liger": peers.liger_linear_cross_entropy,
+            "quack": peers.quack_linear_cross_entropy,
+        },
     )
 
 
-def _attention(total: int, tokens: int, head_dim: int, *, documents: int, window: int | None = None) -> Case:
-    """Causal attention over `total` tokens in sequences of `tokens`, each packed with some documents; 2048 wide."""
-    heads, batch, length = 2048 // head_dim, total // tokens, tokens // documents
+def _attentions(total: int, width: int) -> Iterator[Case]:
+    for mask in (Mask(), Mask(causal=False)):
+        for head_dim in (128, 64):
+            for parts in (8, 4, 2, 1):
+                yield _attention(total, total // parts, (width // head_dim, head_dim), mask, flex=parts in (4, 1))
+    heads = (width // 128, 128)
+    for mask in (Mask(window=total // 16), Mask(documents=8)):
+        yield _attention(total, total, heads, mask)
+    yield _attention(total, total // 2, heads, Mask(), groups=4)
+
+
+def _attention(
+    total: int, tokens: int, head_shape: tuple[int, int], mask: Mask, *, groups: int = 1, flex: bool = True
+) -> Case:
+    """Attention over `total` tokens in sequences of `tokens`, each packed with some documents.
+
+    FlexAttention is compiled for every case anew, which takes longer than all else that is measured there.
+    """
+    (heads, head_dim), batch, length = head_shape, total // tokens, tokens // mask.documents
+    counts = (heads, max(heads // groups, 1), max(heads // groups, 1))
 
     def inputs(device: torch.device) -> list[Any]:
-        positions = torch.arange(length, device=device).repeat(documents).expand(batch, -1).contiguous()
+        positions = torch.arange(length, device=device).repeat(mask.documents).expand(batch, -1).contiguous()
         bounds = torch.arange(0, total + 1, length, dtype=torch.int32, device=device)
-        return [*(_leaf(device, batch, tokens, heads, head_dim) for _ in range(3)), positions, bounds, length]
+        return [*(_leaf(device, batch, tokens, count, head_dim) for count in counts), positions, bounds, length]
 
-    seen = length * (length + 1) / 2
-    if window is not None and window < length:
-        seen -= (length - window) * (length - window + 1) / 2
-    product = 4 * (total // length) * seen * heads * head_dim
-    whole = documents == 1 and window is None
-    label = f"attention d{head_dim} {batch} x {tokens}" + (f" documents={documents}" if documents > 1 else "")
+    plain = mask.documents == 1 and mask.window is None
+    product = 4 * (total // length) * _pairs(length, mask) * heads * head_dim
+    label = f"attention{'' if mask.causal else ' full'} d{head_dim} {batch} x {tokens}"
+    extra = {"documents": mask.documents, "window": mask.window, "groups": groups}
+    over_length = plain and groups == 1
     return Case(
-        label=label + (f" window={window}" if window else ""),
-        op=_wrapped(replace(attention.OP, reference=attention.sdpa), lambda function: partial(function, window=window)),
+        label=label + "".join(f" {name}={value}" for name, value in extra.items() if value not in (None, 1)),
+        family=("attention causal" if mask.causal else "attention full") if over_length else "attention masks",
+        op=_wrapped(attention.OP, lambda function: partial(function, window=mask.window)) if mask.causal else _FULL,
         inputs=inputs,
         work={"forward": product, "backward": 2.5 * product},
         unit=PRODUCT,
-        peers={"cudnn": lambda: _cudnn, "fa4": _fa4} if whole else {},
+        peers={
+            **({"cudnn": partial(peers.cudnn, mask), "fa2": partial(peers.fa2, mask)} if plain else {}),
+            "fa4": partial(peers.fa4, mask),
+            **({"flex": partial(peers.flex, mask)} if flex else {}),
+        },
         sizes={"head_dim": head_dim},
+        length=tokens if over_length else None,
+        reference=False,
     )
+
+
+def _pairs(length: int, mask: Mask) -> float:
+    """Return how many pairs of query and key a document of that length has."""
+    if not mask.causal:
+        return length**2
+    hidden = max(length - (mask.window or length), 0)
+    return (length * (length + 1) - hidden * (hidden + 1)) / 2
+
+
+def _full(*args: Any, backend: str) -> torch.Tensor:
+    function = import_module("shardwright.kernels.triton.attention").attention
+    return function(*args[:3], *args[4:], causal=False, backend=backend)[0]
+
+
+_FULL = Op(  # models are causal; the kernels do both
+    name="attention_full",
+    reference=attention.reference,
+    candidates=tuple(
+        replace(candidate, function=partial(_full, backend=candidate.name))
+        for candidate in attention.OP.candidates
+        if candidate.name in ("gluon", "triton")
+    ),
+)
 
 
 def _wrapped(op: Op, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Op:
@@ -256,68 +406,3 @@ def _leaf(device: torch.device, *shape: int) -> torch.Tensor:
 def _angles(device: torch.device, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.rand(1, tokens, 64, device=device).repeat(1, 1, 2) * 2 * math.pi
     return angles.cos(), angles.sin()
-
-
-def _cudnn(q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor, *_: object) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def _fa4() -> Implementation:
-    function: Any = importlib.import_module("flash_attn.cute.interface").flash_attn_func
-
-    def attend(q_BTHD: torch.Tensor, k_BTHD: torch.Tensor, v_BTHD: torch.Tensor, *_: object) -> torch.Tensor:
-        out = function(q_BTHD, k_BTHD, v_BTHD, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-
-    return attend
-
-
-def _liger_rms_norm() -> Implementation:
-    function: Any = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    return lambda x, weight, eps: function.apply(x, weight, eps, 0.0, "llama", False)
-
-
-def _liger_swiglu() -> Implementation:
-    return importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction.apply
-
-
-class _Products(torch.autograd.Function):
-    """The products of a linear layer, and nothing else: the floor of what is fused with them."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_BTC: torch.Tensor, weight_VC: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden_BTC, weight_VC)
-        return hidden_BTC @ weight_VC.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # pyright: ignore
-        hidden_BTC, weight_VC = ctx.saved_tensors
-        return grad @ weight_VC, grad.flatten(0, 1).T @ hidden_BTC.flatten(0, 1)
-
-
-def _products(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    return _Products.apply(hidden_BTC, weight_VC)  # pyright: ignore[reportReturnType]
-
-
-def _liger_cross_entropy() -> Implementation:
-    module: Any = importlib.import_module("liger_kernel.ops.cross_entropy")
-    function = module.LigerCrossEntropyFunction
-
-    def loss(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-        return function.apply(logits_NV, labels_N, None, -100, 0.0, 0.0, "sum")[0]
-
-    return loss
-
-
-def _liger_linear_cross_entropy() -> Implementation:
-    module: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
-    function = module.LigerFusedLinearCrossEntropyFunction
-
-    def loss(hidden_BTC: torch.Tensor, weight_VC: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        arguments = (None, None, -100, 0.0, 0.0, "sum")  # bias, class weights, ignored label, z-loss, smoothing, sum
-        out = function.apply(hidden_BTC.flatten(0, 1), weight_VC, labels_BT.flatten(), *arguments)
-        return out[0] if isinstance(out, tuple) else out
-
-    return loss

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+from shardwright.kernels import KernelError, Kernels
 from shardwright.kernels.measured import file_name, measured
 from shardwright.kernels.triton.config import Choice, Config
-from shardwright.scripts.bench_kernels_timing import Stopwatch
+from shardwright.scripts.bench_kernels_timing import Stopwatch, Timing
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "tables"
 
@@ -34,13 +36,15 @@ class Tables:
             calls: dict[str, Callable[[], object]] = {
                 str(index): partial(_call, choice, config, function) for index, config in enumerate(choice.configs)
             }
-            timings = stopwatch.time(calls)
+            timings = {index: timing for index, timing in stopwatch.time(calls).items() if isinstance(timing, Timing)}
+            if not timings:
+                raise KernelError(f"no configuration of {choice.kernel} runs here")
             choice.config = choice.configs[int(min(timings, key=lambda index: timings[index].median))]
             self._table["configs"].setdefault(choice.kernel, {})[choice.key] = choice.config.arguments
 
     def rank(self, rows: list[dict[str, Any]]) -> None:
         """Put the implementations of every op in order: by the mean of their time relative to the best of each row."""
-        for op in {row["op"] for row in rows}:
+        for op in {row["op"] for row in rows} & {field.name for field in fields(Kernels)}:
             ratios: Mapping[str, list[float]] = defaultdict(list)
             timed = [row for row in rows if row["op"] == op and "ms" in row and not row["peer"]]
             for case in {(row["case"], row["direction"]) for row in timed}:

@@ -11,6 +11,7 @@ import torch
 
 FLUSHED_BYTES = 2**28  # more than any second-level cache holds
 WARMUP_CALLS = 3
+HOST_CALLS = 20
 QUEUED_CYCLES = 2_000_000  # of the device, about a millisecond: more than the host takes for a call
 
 
@@ -35,15 +36,20 @@ class Stopwatch:
         self.device, self.num_calls = device, num_calls
         self._flushed = torch.empty(FLUSHED_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
 
-    def time(self, functions: dict[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Return the timing of every function; they take turns."""
+    def time(self, functions: dict[str, Callable[[], object]]) -> dict[str, Timing | Exception]:
+        """Return the timing of every function, or what it raised; they take turns."""
         milliseconds: dict[str, list[float]] = {name: [] for name in functions}
+        failed: dict[str, Exception] = {}
         for number in range(WARMUP_CALLS + self.num_calls):
-            for name, function in functions.items():
-                seconds = self._once(function)
+            for name in [name for name in functions if name not in failed]:
+                try:
+                    seconds = self._once(functions[name])
+                except Exception as error:
+                    failed[name] = error
+                    continue
                 if number >= WARMUP_CALLS:
                     milliseconds[name].append(1e3 * seconds)
-        return {name: Timing(median(values), *_spread(values)) for name, values in milliseconds.items()}
+        return {name: failed.get(name) or Timing(median(v), *_spread(v)) for name, v in milliseconds.items()}
 
     def _once(self, function: Callable[[], object]) -> float:
         self._flushed.zero_()
@@ -95,13 +101,15 @@ def _sustained(function: Callable[[], object], device: torch.device, seconds: fl
 
 def host_microseconds(function: Callable[[], object], device: torch.device) -> float:
     """Return what a call costs the host, while the device is busy with something else."""
+    num_calls = 1
     if device.type == "cuda":
+        num_calls = HOST_CALLS
         torch.cuda.synchronize(device)
         torch.cuda._sleep(100_000_000)
     start = time.perf_counter()
-    for _ in range(20):
+    for _ in range(num_calls):
         function()
     taken = time.perf_counter() - start
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1e6 * taken / 20
+    return 1e6 * taken / num_calls
