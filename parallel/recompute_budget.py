@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 FLOPS_PER_BYTE = 300  # what an H100 computes while it writes a byte: 989 TFLOP/s over 3.35 TB/s
 # Fused attention is priced by its bytes: its products depend on a batch's documents, and processes must agree.
-PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm")}
+PRODUCTS = {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_mm", "shardwright.fp8_linear"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +131,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
-        if func.overloadpacket in PRODUCTS:
+        if str(func.overloadpacket) in PRODUCTS:
             self.price += flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs)
         given = {address(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(outputs):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.utils.flop_counter import register_flop_formula
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from shardwright.kernels.op import KernelError
@@ -311,6 +312,11 @@ _linear = operator(
     backward=_backward,
     setup_context=_setup_context,
 )
+
+
+@register_flop_formula(torch.ops.shardwright.fp8_linear)
+def _num_flops(x_shape: torch.Size, weight_shape: torch.Size, recipe: str, **kwargs: Any) -> int:
+    return 2 * x_shape.numel() * weight_shape[0]
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, recipe: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from shardwright.kernels import Kernels, linear, op
 from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton import fp8, launch
 from shardwright.models.blocks import FeedForward
+from shardwright.parallel.recompute_budget import FLOPS_PER_BYTE, Meter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -238,6 +239,14 @@ def test_operator_and_graph(recipe):
     compiled = torch.compile(RECIPES[recipe], fullgraph=True, backend="aot_eager")
     both = (run(function, x, weight, grad) for function in (compiled, RECIPES[recipe]))
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recomputation_knows_their_price(recipe):
+    x, weight = random(2, 24, 32), random(48, 32)
+    with Meter() as meter:
+        out = RECIPES[recipe](x, weight)
+    assert meter.price == 2 * 48 * 32 * 48 + FLOPS_PER_BYTE * out.nbytes
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
