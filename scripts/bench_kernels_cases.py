@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from shardwright.kernels import (
     attention,
+    block_sparse,
     embedding,
     linear,
     linear_cross_entropy,
@@ -23,6 +24,7 @@ from shardwright.kernels import (
     swiglu,
     vocabulary_statistics,
 )
+from shardwright.kernels.block_sparse import BlockLists
 from shardwright.kernels.op import Candidate, KernelError, Op, Situation, lacks_triton
 from shardwright.kernels.optimizer import Hyper, Now, Part
 from shardwright.scripts import bench_kernels_peers as peers
@@ -92,6 +94,7 @@ def cases(*, small: bool) -> Iterator[Case]:
     yield _linear(16384 // shrink, 4096 // shrink, 14336 // shrink)
     yield _linear_cross_entropy(8192 // shrink, 4096 // shrink, 128256 // shrink)
     yield from _attentions(16384 // shrink, 2048 // min(shrink, 8))
+    yield _block_sparse(16384 // min(shrink, 64), 16, 128, 0.25)
 
 
 def _norms(tokens: int, hidden: int) -> Iterator[Case]:
@@ -192,6 +195,33 @@ def _gated(tokens: int, wide: int) -> Iterator[Case]:
             work={"forward": 3 * numel, "backward": 5 * numel},
             peers={"liger": liger, "compiled": partial(peers.compiled, op.reference)},
         )
+
+
+def _block_sparse(tokens: int, heads: int, head_dim: int, kept: float) -> Case:
+    """Causal attention over a part of the blocks of 128 x 128, drawn at random for each head, and the diagonal."""
+    blocks = tokens // 128
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand((heads, blocks, blocks), generator=generator) < kept
+    mask = (mask | torch.eye(blocks, dtype=torch.bool)).tril()
+
+    def inputs(device: torch.device) -> list[Any]:
+        lists = BlockLists.from_mask(mask.to(device), 128)
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device=device)
+        return [*(_leaf(device, 1, tokens, heads, head_dim) for _ in range(3)), bounds, tokens, lists]
+
+    pairs = int(mask.sum()) * 128 * 128 - heads * blocks * 128 * 127 // 2
+    product = 4 * pairs * head_dim
+    return Case(
+        label=f"block-sparse attention d{head_dim} 1 x {tokens} kept={kept:g}",
+        family="attention block-sparse",
+        op=_wrapped(block_sparse.OP, lambda function: lambda *args: function(*args)[0]),
+        inputs=inputs,
+        work={"forward": product, "backward": 2.5 * product},
+        unit=PRODUCT,
+        peers={"flex": peers.flex_blocks, "cudnn (dense)": partial(peers.cudnn, Mask())},
+        sizes={"head_dim": head_dim},
+        reference=False,
+    )
 
 
 def _own(name: str, reference: Implementation, module: str, function: str, **options: Any) -> Op:

@@ -112,6 +112,29 @@ def flex(mask: Mask) -> Implementation:
     return attend
 
 
+def flex_blocks() -> Implementation:
+    """Load torch's FlexAttention, compiled, over the same blocks."""
+    module: Any = import_module("torch.nn.attention.flex_attention")
+    function = compiled(module.flex_attention)
+
+    @cache  # by identity
+    def blocks(lists: Any) -> Any:
+        mask_HMN, size = lists.mask(), lists.block
+        tokens = mask_HMN.shape[1] * size
+
+        def sees(batch, head, query, key):
+            return mask_HMN[head, query // size, key // size] & (query >= key)
+
+        heads = mask_HMN.shape[0]
+        return module.create_block_mask(sees, None, heads, tokens, tokens, device=mask_HMN.device, BLOCK_SIZE=size)
+
+    def attend(q_BTHD, k_BTHD, v_BTHD, bounds, longest, lists):
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BTHD, v_BTHD))
+        return function(q, k, v, block_mask=blocks(lists)).transpose(1, 2)
+
+    return attend
+
+
 def _liger(module: str, function: str) -> Callable[..., Any]:
     return getattr(import_module(f"liger_kernel.ops.{module}"), function).apply
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from shardwright.kernels.block_sparse import BlockLists
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.triton.attention_backward import backward_keys, backward_queries
 from shardwright.kernels.triton.attention_forward import Documents, Scores, forward
@@ -30,6 +31,7 @@ def attention(  # noqa: PLR0913
     causal: bool = True,
     softcap: float | None = None,
     scale: float | None = None,
+    lists: BlockLists | None = None,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend inside each document, in tiles.
@@ -48,7 +50,9 @@ def attention(  # noqa: PLR0913
         causal: False: a token sees all of its document.
         softcap: scores become softcap * tanh(scores / softcap); None: they stay.
         scale: of the products of queries and keys; None: 1 / sqrt(D).
-        backend: `triton` for any GPU from Ampere on; `gluon` for Hopper, head sizes 64 and 128, no softcap.
+        lists: blocks of keys that may be seen; no other is visited. None: all. A query that sees no key has zeros and
+            -inf, and gives and gets no gradient.
+        backend: `triton` for any GPU from Ampere on; `gluon` for Hopper, head sizes 64 and 128, no softcap, no lists.
 
     Returns:
         The attended values [B, T, H, D] in the dtype of the queries, and float32 [B, T, H], the natural logarithm of
@@ -62,8 +66,13 @@ def attention(  # noqa: PLR0913
     """
     _check_tensors(q_BTHD, k_BTKD, v_BTKD, bounds)
     _check_scores(window, causal, softcap, scale)
+    blocks: tuple[Any, ...] = (None, None, 0)
+    if lists is not None:
+        lists.check(q_BTHD, longest)
+        blocks = (lists.keys, lists.queries, lists.block)
     scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    out_BTHD, lse_HBT = _attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend)
+    options = (longest, window, causal, softcap, scale, backend)
+    out_BTHD, lse_HBT = _attention(q_BTHD, k_BTKD, v_BTKD, bounds, *options, *blocks)
     return out_BTHD, lse_HBT.permute(1, 2, 0)
 
 
@@ -99,16 +108,33 @@ def _gluon() -> tuple[Any, Any]:
 
 
 def _gluon_refusal(q: torch.Tensor, scores: Scores) -> str | None:
+    if scores.lists is not None:
+        return "it takes no lists of blocks"
     if not q.is_cuda:
         return "it needs a GPU"
     from shardwright.kernels.gluon.hopper import unsupported
 
-    return unsupported(q.shape[-1], q.dtype, scores, torch.cuda.get_device_capability(q.device))
+    return unsupported(q.shape[-1], q.dtype, scores, _capability(q.device))
 
 
-def _scores(longest: int, window: int | None, causal: bool, softcap: float | None, scale: float) -> Scores:
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _scores(
+    longest: int,
+    window: int | None,
+    causal: bool,
+    softcap: float | None,
+    scale: float,
+    keys: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None,
+    block: int = 0,
+) -> Scores:
     narrow = window if window is not None and window < longest else None
-    return Scores(scale=scale, softcap=softcap, causal=causal, window=narrow)
+    lists = None if keys is None or queries is None else BlockLists(block=block, keys=keys, queries=queries)
+    return Scores(scale=scale, softcap=softcap, causal=causal, window=narrow, lists=lists)
 
 
 def _documents(bounds: torch.Tensor, longest: int, q_BTHD: torch.Tensor) -> Documents:
@@ -116,9 +142,9 @@ def _documents(bounds: torch.Tensor, longest: int, q_BTHD: torch.Tensor) -> Docu
 
 
 def _forward(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend
+    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend, *blocks
 ):
-    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
+    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale, *blocks)
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
     if backend == "gluon" and (refusal := _gluon_refusal(q_BTHD, scores)):
         raise KernelError(f"backend=gluon cannot do this attention: {refusal}; use backend=triton")
@@ -127,9 +153,7 @@ def _forward(  # noqa: PLR0913
     return out.view(q_BTHD.shape), lse.view(-1, *q_BTHD.shape[:2])
 
 
-def _forward_fake(  # noqa: PLR0913
-    q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend
-):
+def _forward_fake(q_BTHD, *rest):
     batch, tokens, heads, _ = q_BTHD.shape
     return q_BTHD.new_empty(q_BTHD.shape), q_BTHD.new_empty((heads, batch, tokens), dtype=torch.float32)
 
@@ -149,8 +173,9 @@ def _backward(  # noqa: PLR0913
     softcap,
     scale,
     backend,
+    *blocks,
 ):
-    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale)
+    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale, *blocks)
     q, k, v, out, dout = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD, out_BTHD, dout_BTHD))
     lse, dlse = lse_HBT.flatten(1, 2), None if dlse_HBT is None else dlse_HBT.flatten(1, 2)
     if backend == "gluon" and not torch.are_deterministic_algorithms_enabled():
@@ -166,27 +191,28 @@ def _backward_fake(dout_BTHD, dlse_HBT, q_BTHD, k_BTKD, v_BTKD, *rest):
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
-    q_BTHD, k_BTKD, v_BTKD, bounds, *ctx.options = inputs
-    ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, *output, bounds)
+    q_BTHD, k_BTKD, v_BTKD, bounds, *ctx.options, keys, queries, ctx.block = inputs
+    ctx.save_for_backward(q_BTHD, k_BTKD, v_BTKD, *output, bounds, keys, queries)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Tensor | None) -> tuple[Any, ...]:
-    out_BTHD = ctx.saved_tensors[3]
-    dout_BTHD = torch.zeros_like(out_BTHD) if dout_BTHD is None else dout_BTHD
-    gradients = _attention_backward(dout_BTHD, dlse_HBT, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * 7
+    *tensors, keys, queries = ctx.saved_tensors
+    dout_BTHD = torch.zeros_like(tensors[3]) if dout_BTHD is None else dout_BTHD
+    gradients = _attention_backward(dout_BTHD, dlse_HBT, *tensors, *ctx.options, keys, queries, ctx.block)
+    return *gradients, *[None] * 10
 
 
 _OPTIONS = "SymInt longest, int? window, bool causal, float? softcap, float scale, str backend"
+_LISTS = "Tensor? key_blocks=None, Tensor? query_blocks=None, int block=0"
 _attention_backward = operator(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"Tensor bounds, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor bounds, {_OPTIONS}, {_LISTS}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _attention = operator(
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor bounds, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor bounds, {_OPTIONS}, {_LISTS}) -> (Tensor, Tensor)",
     _forward,
     _forward_fake,
     backward=_differentiate,

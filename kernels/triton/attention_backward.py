@@ -42,6 +42,7 @@ from shardwright.kernels.triton.attention_forward import (
     tried,
     width,
 )
+from shardwright.kernels.triton.block_sparse import along, list_arguments, list_of, token_at
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import launch_kernel
 
@@ -75,18 +76,18 @@ def key_need(config: Config, dim: int) -> Need:
     return Need(rows * width(dim) * ITEM_BYTES, 2 * block_n * (width(dim) + block_m) // (32 * config.num_warps))
 
 
-def _query_config(dim: int, device: torch.device) -> Config:
+def _query_config(dim: int, scores: Scores, device: torch.device) -> Config:
     def configs() -> list[Config]:
-        return fitting(QUERY_CONFIGS, lambda config: query_need(config, dim), shared_bytes(device))
+        return fitting(QUERY_CONFIGS, lambda config: query_need(config, dim), shared_bytes(device), scores.block)
 
-    return pick("attention_backward_queries", f"head_dim={dim}", configs, device)
+    return pick("attention_backward_queries", scores.key(dim), configs, device)
 
 
-def _key_config(dim: int, device: torch.device) -> Config:
+def _key_config(dim: int, scores: Scores, device: torch.device) -> Config:
     def configs() -> list[Config]:
-        return fitting(KEY_CONFIGS, lambda config: key_need(config, dim), shared_bytes(device))
+        return fitting(KEY_CONFIGS, lambda config: key_need(config, dim), shared_bytes(device), scores.block)
 
-    return pick("attention_backward_keys", f"head_dim={dim}", configs, device)
+    return pick("attention_backward_keys", scores.key(dim), configs, device)
 
 
 def backward_queries(
@@ -109,7 +110,7 @@ def backward_queries(
     """
     tokens, heads, dim = inputs[0].shape
     q, k, v, out, dout = (adjacent_heads(x) for x in (*inputs, outputs[0], gradients[0]))
-    config = config or _query_config(dim, q.device)
+    config = config or _query_config(dim, scores, q.device)
     dq = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     delta = torch.empty_like(outputs[1])
     tiles = documents.tiles(config.blocks["BLOCK_M"])
@@ -119,6 +120,7 @@ def backward_queries(
         _query_kernel,
         (len(tiles), heads),
         *(q, k, v, out, dout, outputs[1], dlse, delta, dq, tiles, *strides, tokens, heads // k.shape[1]),
+        *list_arguments(scores.lists and scores.lists.keys),
         **scores.arguments(dim),
         scale=scores.scale,
         **config.arguments,
@@ -138,7 +140,7 @@ def backward_keys(
     """Return the gradients of keys and values [P, K, D], from what `backward_queries` takes and returns."""
     q, k, v, dout = (adjacent_heads(x) for x in (*inputs, dout_PHD))
     tokens, kv_heads, dim = k.shape
-    config = config or _key_config(dim, q.device)
+    config = config or _key_config(dim, scores, q.device)
     dk, dv = (torch.empty((tokens, kv_heads, dim), dtype=k.dtype, device=k.device) for _ in range(2))
     tiles = documents.tiles(config.blocks["BLOCK_N"])
     strides = (x.stride(0) for x in (q, k, v, dout))
@@ -146,6 +148,7 @@ def backward_keys(
         _key_kernel,
         (len(tiles), kv_heads),
         *(q, k, v, dout, lse_HP, delta_HP, dk, dv, tiles, *strides, tokens, q.shape[1] // kv_heads),
+        *list_arguments(scores.lists and scores.lists.queries),
         **scores.arguments(dim),
         scale=scores.scale,
         **config.arguments,
@@ -165,9 +168,11 @@ def _add_query_gradients(  # noqa: PLR0913
     first,
     last,
     begin,
+    start,
     end,
     k_stride,
     v_stride,
+    row,
     window,
     factor,
     inner,
@@ -176,12 +181,19 @@ def _add_query_gradients(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add what the keys from `first` to `last` give to the gradients of a tile of queries, but for the scale."""
-    for at in tl.range(first, last, BLOCK_N):
+    if LISTED:
+        following = token_at(first, last, row, start, LISTED)
+    for place in tl.range(first, last, BLOCK_N):
+        at = place
+        if LISTED:
+            at = following
+            following = token_at(place + BLOCK_N, last, row, start, LISTED)
         k_tile = load_tile(k, at, end, k_stride, BLOCK_N, WIDTH, DIM, MASKED)
         scores = tl.dot(q, tl.trans(k_tile))  # of what was loaded: it turns in shared memory
         if CAPPED:
@@ -217,6 +229,9 @@ def _query_kernel(  # noqa: PLR0913
     dout_stride,
     tokens,
     group,
+    lists,
+    list_head,
+    list_block,
     window,
     factor,
     inner,
@@ -226,6 +241,7 @@ def _query_kernel(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -244,23 +260,32 @@ def _query_kernel(  # noqa: PLR0913
     delta_tile = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         delta_tile -= tl.load(dlse + at, mask=rows < end, other=0.0)
+    if LISTED:  # no keys, no gradients
+        delta_tile = tl.where(tl.load(lse + at, mask=rows < end, other=0.0) == float("-inf"), 0.0, delta_tile)
     tl.store(delta + at, delta_tile, mask=rows < end)
     lse_tile = tl.load(lse + at, mask=rows < end, other=0.0) * LOG2E
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     first, last, bare_first, bare_last = key_range(begin, start, end, window, CAUSAL, WINDOWED, BLOCK_M)
+    row = tiles  # a pointer that is not read
+    if LISTED:
+        row = list_of(lists, list_head, list_block, head, (begin - start) // LISTED)
+        first, last, bare_first, bare_last = along(row, start, first, last, bare_first, bare_last, LISTED, BLOCK_N)
     bare_first, bare_last = peel(first, last, bare_first, bare_last, BLOCK_N)
     if WINDOWED:
         acc = _add_query_gradients(
-            *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, first, bare_first, begin, end, k_stride, v_stride),
-            *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+            *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, first, bare_first, begin, start, end),
+            *(k_stride, v_stride, row, window, factor, inner),
+            *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
         )
     acc = _add_query_gradients(
-        *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, bare_first, bare_last, begin, end, k_stride, v_stride),
-        *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, False),
+        *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, bare_first, bare_last, begin, start, end),
+        *(k_stride, v_stride, row, window, factor, inner),
+        *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, False),
     )
     acc = _add_query_gradients(
-        *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, bare_last, last, begin, end, k_stride, v_stride),
-        *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+        *(acc, q_tile, dout_tile, lse_tile, delta_tile, k, v, bare_last, last, begin, start, end),
+        *(k_stride, v_stride, row, window, factor, inner),
+        *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
     )
     store_tile(dq + head * DIM, acc * scale, begin, end, tl.num_programs(1) * DIM, BLOCK_M, WIDTH, DIM)
 
@@ -314,9 +339,11 @@ def _add_key_gradients(  # noqa: PLR0913
     first,
     last,
     begin,
+    start,
     end,
     q_stride,
     dout_stride,
+    row,
     window,
     factor,
     inner,
@@ -325,6 +352,7 @@ def _add_key_gradients(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -334,7 +362,13 @@ def _add_key_gradients(  # noqa: PLR0913
     All scores are transposed: keys by queries. Queries after the end of the document are zeros, and so is all that
     they give.
     """
-    for at in tl.range(first, last, BLOCK_M):
+    if LISTED:
+        following = token_at(first, last, row, start, LISTED)
+    for place in tl.range(first, last, BLOCK_M):
+        at = place
+        if LISTED:
+            at = following
+            following = token_at(place + BLOCK_M, last, row, start, LISTED)
         lse_tile = _load_row(lse, at, end, BLOCK_M) * LOG2E
         delta_tile = _load_row(delta, at, end, BLOCK_M)
         q_tile = load_tile(q, at, end, q_stride, BLOCK_M, WIDTH, DIM, True)
@@ -371,6 +405,9 @@ def _key_kernel(  # noqa: PLR0913
     dout_stride,
     tokens,
     group,
+    lists,
+    list_head,
+    list_block,
     window,
     factor,
     inner,
@@ -380,6 +417,7 @@ def _key_kernel(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -393,26 +431,31 @@ def _key_kernel(  # noqa: PLR0913
     dk_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     first, last, bare_first, bare_last = _query_range(begin, start, end, window, CAUSAL, WINDOWED, BLOCK_M, BLOCK_N)
-    bare_first, bare_last = peel(first, last, bare_first, bare_last, BLOCK_M)
     for head in range(kv_head * group, (kv_head + 1) * group):
+        row = tiles  # a pointer that is not read
+        low, high, bare_low, bare_high = first, last, bare_first, bare_last
+        if LISTED:
+            row = list_of(lists, list_head, list_block, head, (begin - start) // LISTED)
+            low, high, bare_low, bare_high = along(row, start, first, last, bare_first, bare_last, LISTED, BLOCK_M)
+        bare_low, bare_high = peel(low, high, bare_low, bare_high, BLOCK_M)
         at = tl.cast(head, tl.int64) * tokens
         q_head, dout_head, lse_head, delta_head = q + head * DIM, dout + head * DIM, lse + at, delta + at
         if CAUSAL:
             dk_acc, dv_acc = _add_key_gradients(
-                *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, first, bare_first),
-                *(begin, end, q_stride, dout_stride, window, factor, inner),
-                *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+                *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, low, bare_low),
+                *(begin, start, end, q_stride, dout_stride, row, window, factor, inner),
+                *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
             )
         dk_acc, dv_acc = _add_key_gradients(
-            *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, bare_first, bare_last),
-            *(begin, end, q_stride, dout_stride, window, factor, inner),
-            *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, False),
+            *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, bare_low, bare_high),
+            *(begin, start, end, q_stride, dout_stride, row, window, factor, inner),
+            *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, False),
         )
         if WINDOWED:
             dk_acc, dv_acc = _add_key_gradients(
-                *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, bare_last, last),
-                *(begin, end, q_stride, dout_stride, window, factor, inner),
-                *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+                *(dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, bare_high, high),
+                *(begin, start, end, q_stride, dout_stride, row, window, factor, inner),
+                *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
             )
     stride = tl.num_programs(1) * DIM
     store_tile(dk + kv_head * DIM, dk_acc * scale, begin, end, stride, BLOCK_N, WIDTH, DIM)
@@ -426,14 +469,18 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
         x = torch.empty(16, dtype=dtype)
         label = f"{name} {str(dtype)[6:]} head_dim={dim}"
         arguments = {**scores.arguments(dim), "scale": scores.scale}
-        for config in tried(name, dtype, fitting(QUERY_CONFIGS, lambda config, dim=dim: query_need(config, dim))):
+        fits = fitting(QUERY_CONFIGS, lambda config, dim=dim: query_need(config, dim), block=scores.block)
+        for config in tried(name, dtype, fits):
             args = (x, x, x, x, x, lse, lse, lse, x, integers, 4096, 1024, 1024, 4096, 4096, 4096, 4)
+            args += list_arguments(scores.lists and scores.lists.keys)
             yield (
                 f"attention backward queries {label} {describe(config)}",
                 *(_query_kernel, args, {**arguments, **config.arguments}),
             )
-        for config in tried(name, dtype, fitting(KEY_CONFIGS, lambda config, dim=dim: key_need(config, dim))):
+        fits = fitting(KEY_CONFIGS, lambda config, dim=dim: key_need(config, dim), block=scores.block)
+        for config in tried(name, dtype, fits):
             args = (x, x, x, x, lse, lse, x, x, integers, 4096, 1024, 1024, 4096, 4096, 4)
+            args += list_arguments(scores.lists and scores.lists.queries)
             yield (
                 f"attention backward keys {label} {describe(config)}",
                 *(_key_kernel, args, {**arguments, **config.arguments}),

@@ -1,7 +1,8 @@
 """FlashAttention forward over packed documents, and what its backward shares with it.
 
 Every program has one tile of one document: nothing is padded, and no mask of tokens by tokens exists anywhere. The
-scores that a tile needs are a range of tokens; only the tiles at the range's edges are masked.
+scores that a tile needs are a range of tokens, or of places along a list of blocks; only the tiles at the range's edges
+are masked.
 
 Shapes: P packed tokens (of all sequences), H query heads, K key/value heads (H a multiple of K), G = H / K, D head
 size, N documents, M tiles.
@@ -24,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from shardwright.kernels.block_sparse import BlockLists
+from shardwright.kernels.triton.block_sparse import along, list_arguments, list_of, token_at
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import cdiv, launch_kernel, next_power_of_2
 
@@ -76,12 +79,19 @@ class Scores:
         softcap: None, or the bound to which tanh draws the scaled products.
         causal: a token sees no later ones.
         window: a token sees itself and the `window - 1` before it; None: all. Only if causal.
+        lists: the blocks of keys that a block of queries may see; None: all.
     """
 
     scale: float
     softcap: float | None
     causal: bool
     window: int | None
+    lists: BlockLists | None = None
+
+    @property
+    def block(self) -> int:
+        """Tokens of a listed block, 0 without lists."""
+        return 0 if self.lists is None else self.lists.block
 
     def arguments(self, dim: int) -> dict[str, Any]:
         """Return the arguments of a kernel that say so, for a head size."""
@@ -95,7 +105,12 @@ class Scores:
             "CAUSAL": self.causal,
             "WINDOWED": self.window is not None,
             "CAPPED": cap is not None,
+            "LISTED": self.block,
         }
+
+    def key(self, dim: int) -> str:
+        """Return the situation that a choice of a configuration is measured in, for a head size."""
+        return f"head_dim={dim}" + (f" block={self.block}" if self.lists else "")
 
 
 def width(dim: int) -> int:
@@ -124,10 +139,10 @@ ITEM_BYTES = 2  # of bfloat16 and float16
 
 
 def fitting(
-    configs: Sequence[Config], need: Callable[[Config], Need], shared_bytes: int = _AMPERE_BYTES
+    configs: Sequence[Config], need: Callable[[Config], Need], shared_bytes: int = _AMPERE_BYTES, block: int = 0
 ) -> list[Config]:
-    """Return the configurations that fit into the registers, and the shared memory, of a GPU."""
-    needs = [(config, need(config)) for config in configs]
+    """Return the configurations that fit into registers and shared memory of a GPU, and into a listed block."""
+    needs = [(c, need(c)) for c in configs if not any(block % tile for tile in c.blocks.values())]
     limit = min(shared_bytes, _AMPERE_BYTES) - _RESERVE_BYTES
     return [c for c, n in needs if n.shared_bytes <= limit and n.accumulators <= _MOST_ACCUMULATORS]
 
@@ -148,11 +163,11 @@ def need(config: Config, dim: int) -> Need:
     return Need(rows * width(dim) * ITEM_BYTES, block_m * (width(dim) + block_n) // (32 * config.num_warps))
 
 
-def _config(dim: int, device: torch.device) -> Config:
+def _config(dim: int, scores: Scores, device: torch.device) -> Config:
     def configs() -> list[Config]:
-        return fitting(CONFIGS, lambda config: need(config, dim), shared_bytes(device))
+        return fitting(CONFIGS, lambda config: need(config, dim), shared_bytes(device), scores.block)
 
-    return pick("attention_forward", f"head_dim={dim}", configs, device)
+    return pick("attention_forward", scores.key(dim), configs, device)
 
 
 def forward(
@@ -165,7 +180,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the attended values [P, H, D], and float32 [H, P], the natural logarithm of the sum of exp(scores)."""
     tokens, heads, dim = q_PHD.shape
-    config = config or _config(dim, q_PHD.device)
+    config = config or _config(dim, scores, q_PHD.device)
     q, k, v = (adjacent_heads(x) for x in (q_PHD, k_PKD, v_PKD))
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
@@ -175,6 +190,7 @@ def forward(
         _forward_kernel,
         (len(tiles), heads),
         *(q, k, v, out, lse, tiles, *strides, tokens, heads // k.shape[1]),
+        *list_arguments(scores.lists and scores.lists.keys),
         **scores.arguments(dim),
         **config.arguments,
     )
@@ -303,9 +319,11 @@ def _attend(  # noqa: PLR0913
     first,
     last,
     begin,
+    start,
     end,
     k_stride,
     v_stride,
+    row,
     window,
     factor,
     inner,
@@ -314,12 +332,19 @@ def _attend(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the keys from `first` to `last` to the weighted values, to the sum of weights, and to the highest score."""
-    for at in tl.range(first, last, BLOCK_N):
+    if LISTED:
+        following = token_at(first, last, row, start, LISTED)
+    for place in tl.range(first, last, BLOCK_N):
+        at = place
+        if LISTED:
+            at = following
+            following = token_at(place + BLOCK_N, last, row, start, LISTED)
         k_tile = load_tile(k, at, end, k_stride, BLOCK_N, WIDTH, DIM, MASKED, TRANSPOSED=True)
         scores = tl.dot(q, k_tile)
         if CAPPED:
@@ -350,6 +375,9 @@ def _forward_kernel(  # noqa: PLR0913
     v_stride,
     tokens,
     group,
+    lists,
+    list_head,
+    list_block,
     window,
     factor,
     inner,
@@ -358,6 +386,7 @@ def _forward_kernel(  # noqa: PLR0913
     CAUSAL: tl.constexpr,
     WINDOWED: tl.constexpr,
     CAPPED: tl.constexpr,
+    LISTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -373,27 +402,35 @@ def _forward_kernel(  # noqa: PLR0913
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], NOTHING, tl.float32)
     first, last, bare_first, bare_last = key_range(begin, start, end, window, CAUSAL, WINDOWED, BLOCK_M)
+    row = tiles  # a pointer that is not read
+    if LISTED:
+        row = list_of(lists, list_head, list_block, head, (begin - start) // LISTED)
+        first, last, bare_first, bare_last = along(row, start, first, last, bare_first, bare_last, LISTED, BLOCK_N)
     bare_first, bare_last = peel(first, last, bare_first, bare_last, BLOCK_N)
     if WINDOWED:
         acc, total, top = _attend(
-            *(acc, total, top, q_tile, k, v, first, bare_first, begin, end, k_stride, v_stride, window, factor, inner),
-            *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+            *(acc, total, top, q_tile, k, v, first, bare_first, begin, start, end, k_stride, v_stride, row),
+            *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
         )
     acc, total, top = _attend(
-        *(acc, total, top, q_tile, k, v, bare_first, bare_last, begin, end, k_stride, v_stride, window, factor, inner),
-        *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, False),
+        *(acc, total, top, q_tile, k, v, bare_first, bare_last, begin, start, end, k_stride, v_stride, row),
+        *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, False),
     )
     acc, total, top = _attend(
-        *(acc, total, top, q_tile, k, v, bare_last, last, begin, end, k_stride, v_stride, window, factor, inner),
-        *(DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, BLOCK_M, BLOCK_N, True),
+        *(acc, total, top, q_tile, k, v, bare_last, last, begin, start, end, k_stride, v_stride, row),
+        *(window, factor, inner, DIM, WIDTH, CAUSAL, WINDOWED, CAPPED, LISTED, BLOCK_M, BLOCK_N, True),
     )
-    total = tl.where(total == 0, 1.0, total)  # of rows after the end of the document
+    if LISTED:
+        top = tl.where(total == 0, float("-inf"), top)
+    total = tl.where(total == 0, 1.0, total)  # of rows after the end of the document, or that see no listed key
     rows = begin + tl.arange(0, BLOCK_M)
     tl.store(lse + tl.cast(head, tl.int64) * tokens + rows, (top + tl.log2(total)) * LN2, mask=rows < end)
     acc = acc / total[:, None]
     store_tile(out + head * DIM, acc, begin, end, tl.num_programs(1) * DIM, BLOCK_M, WIDTH, DIM)
 
 
+_TABLE = torch.empty((4, 4, 5), dtype=torch.int32)
+_LISTS = BlockLists(block=128, keys=_TABLE, queries=_TABLE)
 VARIANTS = (
     ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16, 128),
     ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16, 64),
@@ -403,12 +440,21 @@ VARIANTS = (
     ("full", Scores(scale=0.1, softcap=None, causal=False, window=None), torch.bfloat16, 128),
     ("window", Scores(scale=0.1, softcap=None, causal=True, window=1024), torch.bfloat16, 128),
     ("window softcap", Scores(scale=0.1, softcap=50.0, causal=True, window=1024), torch.bfloat16, 256),
+    ("sparse causal", Scores(scale=0.1, softcap=None, causal=True, window=None, lists=_LISTS), torch.bfloat16, 128),
+    ("sparse causal", Scores(scale=0.1, softcap=None, causal=True, window=None, lists=_LISTS), torch.bfloat16, 64),
+    ("sparse full", Scores(scale=0.1, softcap=None, causal=False, window=None, lists=_LISTS), torch.bfloat16, 128),
+    (
+        "sparse window softcap",
+        Scores(scale=0.1, softcap=50.0, causal=True, window=1024, lists=_LISTS),
+        torch.bfloat16,
+        256,
+    ),
 )
 
 
 def tried(name: str, dtype: torch.dtype, configs: list[Config]) -> list[Config]:
-    """Return the configurations to compile a variant in: all of the usual variant, the first of the others."""
-    return configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]
+    """Return the configurations to compile a variant in: all of the usual variants, the first of the others."""
+    return configs if name in ("causal", "sparse causal") and dtype == torch.bfloat16 else configs[:1]
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
@@ -417,9 +463,10 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     yield "attention tiles", _tiles_kernel, (integers, integers, 16, 16), {"BLOCK": 128, "CHUNK": 128}
     for name, scores, dtype, dim in VARIANTS:
         x, lse = torch.empty(16, dtype=dtype), torch.empty(16)
-        for config in tried(name, dtype, fitting(CONFIGS, lambda config, dim=dim: need(config, dim))):
+        for config in tried(name, dtype, fitting(CONFIGS, lambda c, dim=dim: need(c, dim), block=scores.block)):
             label = f"attention forward {name} {str(dtype)[6:]} head_dim={dim} {describe(config)}"
             args = (x, x, x, x, lse, integers, 4096, 1024, 1024, 4096, 4)
+            args += list_arguments(scores.lists and scores.lists.keys)
             yield label, _forward_kernel, args, {**scores.arguments(dim), **config.arguments}
 
 

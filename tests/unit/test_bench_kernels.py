@@ -142,7 +142,7 @@ def test_every_implementation_has_inputs_of_its_own():
     assert seen["after"].any()
 
 
-ATTENTION = [case for case in cases(small=True) if case.family.startswith("attention") and "d64" not in case.label]
+ATTENTION = [case for case in cases(small=True) if case.label.startswith("attention") and "d64" not in case.label]
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.label)
@@ -218,6 +218,18 @@ def test_counted_work_is_that_of_the_mask():
             seen = positions.numel() * length
         heads = 2048 // 8 // 128
         assert case.work["forward"] == 4 * seen * heads * 128, case.label
+
+
+def test_listed_blocks_are_those_that_others_see_and_that_are_counted(monkeypatch):
+    monkeypatch.setattr(bench_kernels_peers, "compiled", lambda function: function)
+    case = next(case for case in cases(small=True) if case.family == "attention block-sparse")
+    torch.manual_seed(0)
+    inputs = [x.detach().float() if getattr(x, "requires_grad", False) else x for x in case.inputs(CPU)]
+    torch.testing.assert_close(case.peers["flex"]()(*inputs), case.op.reference(*inputs))
+    tokens, heads, lists = inputs[-2], inputs[0].shape[2], inputs[-1]
+    seen = lists.mask().repeat_interleave(128, 1).repeat_interleave(128, 2)
+    assert seen.shape == (heads, tokens, tokens)
+    assert case.work["forward"] == 4 * 128 * seen.tril().sum().item()
 
 
 def row(case, name, rate, *, op="attention", direction="forward", lossy=False, peer=False):
