@@ -31,6 +31,7 @@ from shardwright.checkpoint.errors import CheckpointError, DamagedError
 CHUNK_BYTES = 64 * 2**20
 MAX_ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 0.5
+UPLOAD_SECONDS = 300  # for a file; a server that takes no more bytes would hold it for ever
 
 _URL = re.compile(r"(?P<protocol>[A-Za-z][\w+.-]+):/{1,3}(?P<rest>.*)")
 _HOPELESS = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, ValueError, TypeError)
@@ -377,8 +378,13 @@ class RemoteStorage(Storage):
 
     def commit(self, name: str, data: bytes) -> None:
         """Create or replace a file: whole or not at all."""
+
+        def upload(files: Any) -> None:
+            limit = {"timeout": UPLOAD_SECONDS} if files.async_impl else {}
+            files.pipe_file(f"{self._root}/{name}", data, **limit)
+
         with self._no_bucket("written"):
-            self._attempt(f"{self.path}/{name}", "written", lambda files: files.pipe_file(f"{self._root}/{name}", data))
+            self._attempt(f"{self.path}/{name}", "written", upload)
 
     def remove(self, names: Iterable[str]) -> None:
         """Delete files, if there."""

@@ -344,6 +344,15 @@ def test_a_server_that_hangs(s3, log):
             open_storage(f"{s3.url}/run").sizes()
 
 
+def test_a_server_that_takes_no_more_bytes(s3, log, monkeypatch):
+    monkeypatch.setattr(storages, "UPLOAD_SECONDS", 0.5)
+    monkeypatch.setattr(storages, "MAX_ATTEMPTS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        s3.reach(silent.getsockname()[1])
+        with pytest.raises(CheckpointError, match=r"run/new cannot be written: FSTimeoutError.* at each of 2 attempts"):
+            open_storage(f"{s3.url}/run").commit("new", bytes(16 * MIB))
+
+
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "make"])  # writing may be allowed nevertheless
 def test_denied_access_is_not_tried_again(s3, log, name):
     s3.reach(s3.server.port, key="an-access-key", secret="a-wrong-key")

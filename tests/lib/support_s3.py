@@ -137,7 +137,8 @@ class CutLine:
                 sink.sendall(data)
         for end in (source, sink):
             with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+                end.shutdown(socket.SHUT_RDWR)  # wakes the thread of the other direction
+            end.close()  # which resets the line if bytes are left in it: an end that waits to send them would go on
 
 
 def free_port():
