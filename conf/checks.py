@@ -25,6 +25,7 @@ def find_conflicts(config: TrainConfig) -> list[str]:
         *_layout(config.parallel, config.train.sequence_length),
         *_batch(config),
         *_linear(config.kernels.linear, config.parallel.tensor),
+        *_attention(config.kernels.attention, config.parallel),
     ]
 
 
@@ -128,4 +129,12 @@ def _linear(linear: str, tensor: int) -> Iterator[str]:
         yield (
             f"kernels.linear={linear} computes whole products, and parallel.tensor={tensor} splits them; "
             "use kernels.linear=auto, or parallel.tensor=1"
+        )
+
+
+def _attention(attention: str, parallel: ParallelConfig) -> Iterator[str]:
+    if attention == "fp8" and parallel.context > 1 and parallel.context_mode == "ring":
+        yield (
+            f"kernels.attention=fp8 has no effect with parallel.context={parallel.context} and context_mode=ring, "
+            "which attends by itself; use kernels.attention=auto, or parallel.context_mode=ulysses"
         )

@@ -116,6 +116,17 @@ def gluon(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None)
     return attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, window=window, backend="gluon")[0]
 
 
+def fp8(q_BTHD, k_BTKD, v_BTKD, positions_BT, bounds, longest, *, window=None, angles=None):
+    """As `reference`, with both products in FP8 and the backward in the dtype of the queries; for Hopper.
+
+    Args:
+        angles: cosines and sines [B, T, D], as of `rope`, by which queries and keys are turned first; None: they are.
+    """
+    from shardwright.kernels.triton.attention_fp8 import attention
+
+    return attention(q_BTHD, k_BTKD, v_BTKD, bounds, longest, angles=angles, window=window)[0]
+
+
 def _triton_unsupported(situation: Situation) -> str | None:
     if refusal := lacks_triton(situation):
         return refusal
@@ -145,5 +156,6 @@ OP = Op(
         Candidate(name="varlen", function=varlen, unsupported=_varlen_unsupported),
         Candidate(name="sdpa", function=sdpa, unsupported=lambda situation: None),
         Candidate(name="triton", function=triton, unsupported=_triton_unsupported),
+        Candidate(name="fp8", function=fp8, unsupported=_gluon_unsupported, lossy=True),
     ),
 )

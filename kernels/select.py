@@ -52,6 +52,11 @@ class Kernels:
     vocabulary_statistics: Callable[..., tuple[torch.Tensor, torch.Tensor]] = vocabulary_statistics.OP.reference
     optimizer: Callable[..., None] = optimizer.OP.reference
 
+    @property
+    def attention_fuses_rope(self) -> bool:
+        """Whether attention turns queries and keys itself, by `angles`; see `kernels.attention.fp8`."""
+        return self.attention is attention.fp8
+
     @classmethod
     def of(cls, module: Any) -> Kernels | None:
         """Return what a module has as its `kernels`, if it has any."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -82,9 +82,13 @@ class Attention(nn.Module):
     def forward(self, x_BTC: torch.Tensor, context: Context) -> torch.Tensor:
         """Return the attended values, projected back to [B, T, C]."""
         q_BTHD, k_BTKD, v_BTKD = (p(x_BTC).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
-        q_BTHD, k_BTKD = (self.kernels.rope(x, context.cos_BTD, context.sin_BTD) for x in (q_BTHD, k_BTKD))
+        options: dict[str, Any] = {"window": self.window}
+        if self.kernels.attention_fuses_rope:
+            options["angles"] = context.cos_BTD, context.sin_BTD
+        else:
+            q_BTHD, k_BTKD = (self.kernels.rope(x, context.cos_BTD, context.sin_BTD) for x in (q_BTHD, k_BTKD))
         out_BTHD = self.kernels.attention(
-            q_BTHD, k_BTKD, v_BTKD, context.positions_BT, context.bounds, context.longest, window=self.window
+            q_BTHD, k_BTKD, v_BTKD, context.positions_BT, context.bounds, context.longest, **options
         )
         return self.o(out_BTHD.flatten(-2))
 

@@ -207,6 +207,10 @@ LAYOUTS = {
         ["parallel.tensor=2", "kernels.linear=fp8_rowwise"],
         ["kernels.linear=fp8_rowwise", "tensor=2", "auto"],
     ),
+    "fp8 attention in a ring": (
+        ["parallel.context=2", "kernels.attention=fp8"],
+        ["kernels.attention=fp8", "context=2", "ulysses"],
+    ),
     "fp8 without a GPU": (["kernels.linear=fp8_blockwise"], ["kernels.linear=fp8_blockwise", "CUDA", "auto"]),
     "zero 3 and pipeline": (["parallel.pipeline=2", "parallel.zero=3"], ["zero=3", "pipeline=2", "use zero=2"]),
     "zero 1": (["parallel.zero=1"], ["parallel.zero=1", "2"]),

@@ -1,0 +1,409 @@
+"""FlashAttention forward in FP8 for Hopper.
+
+The structure is that of attention_forward, whose parts it uses. What differs: tiles of queries, keys and values come
+from `quantise`, dense and padded; the scales of a block go into the factor of its scores and the decay of the sums
+before it; weights are scaled by 2^8, so that small ones keep their precision; and they need no exchange between threads
+to become an operand, as values lie in the order of keys that threads have. Sums stay in the tensor cores, which keep 14
+bits: added up outside for every block, they cost 5 to 8 % of the speed, and were no more exact in five digits.
+
+Shapes: P packed tokens, H query heads, K key/value heads, D head size, M tiles.
+
+Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# (Gluon's annotations are those of a kernel's inside; pyright takes them for those of its launch.)
+
+# No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from shardwright.kernels.gluon.attention_forward import (
+    LN2,
+    LOWEST,
+    ROWS,
+    _await_room,
+    _await_turn,
+    _blocks,
+    _is_edge,
+    _mask,
+    _pass_turn,
+    _release,
+    _Shared,
+    _store_lse,
+    _store_out,
+    _together,
+    _Work,
+)
+from shardwright.kernels.gluon.hopper import (
+    VARIANTS,
+    Units,
+    advance,
+    aggregate,
+    barriers,
+    head_of,
+    load,
+    longest_first,
+    processors,
+    ragged,
+    rounds,
+    tile,
+)
+from shardwright.kernels.gluon.weights_fp8 import exponentiate, highest, operand, pack
+from shardwright.kernels.triton.attention_forward import Documents, Scores
+from shardwright.kernels.triton.config import Config, pick
+from shardwright.kernels.triton.launch import Address, kept, launch_kernel
+from shardwright.kernels.triton.quantise import TILE, Quantised
+
+KEYS = gl.constexpr(TILE)  # of a block
+
+
+def _config(consumers: int, stages: int, turns: int) -> Config:
+    """Return a configuration, as in attention_forward."""
+    blocks = {"BLOCK_N": TILE, "CONSUMERS": consumers, "STAGES": stages, "TURNS": turns}
+    return Config(blocks=blocks, num_warps=4, num_stages=1)
+
+
+CONFIGS = {
+    128: (_config(2, 3, 0), _config(2, 3, 1)),
+    64: (_config(3, 3, 0), _config(3, 3, 1), _config(2, 4, 0), _config(2, 4, 1)),
+}
+_REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
+
+
+def forward(
+    quantised: Quantised,
+    documents: Documents,
+    scores: Scores,
+    dtype: torch.dtype,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attended values [P, H, D], and float32 [H, P], the natural logarithm of the sum of exp(scores).
+
+    Args:
+        quantised: of `quantise`, with the same documents.
+        documents: where they lie.
+        scores: how they are made, without a softcap.
+        dtype: of the values, bf16 or fp16.
+        config: None: the one to pick.
+    """
+    _, heads, _, dim = quantised.q_values.shape
+    device = quantised.q_values.device
+    config = config or pick("gluon_attention_fp8", f"head_dim={dim}", lambda: CONFIGS[dim], device)
+    out = torch.empty((documents.tokens, heads, dim), dtype=dtype, device=device)
+    lse = torch.empty((heads, documents.tokens), dtype=torch.float32, device=device)
+    tiles = longest_first(documents, ROWS.value * config.blocks["CONSUMERS"], scores.causal)
+    launch_kernel(
+        _forward_kernel,
+        (min(len(tiles) * heads, processors(device)),),
+        *_arguments(quantised, out, lse, tiles, scores),
+        **_options(dim, scores, config),
+    )
+    return out, lse
+
+
+def _dense(values: torch.Tensor, rows: int) -> TensorDescriptor:
+    """Return a descriptor of blocks of so many rows, the last dim of the tensor; see `kept`."""
+    width = values.shape[-1]
+    return _rows(values, values.numel() // width, width, rows)
+
+
+@kept
+def _rows(base: Address, count: int, width: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, width], gl.float8e4nv)
+    return TensorDescriptor(base, [count, width], [width, 1], [rows, width], layout)
+
+
+def _arguments(
+    quantised: Quantised, out: torch.Tensor, lse: torch.Tensor, tiles: torch.Tensor, scores: Scores
+) -> tuple[Any, ...]:
+    tokens, heads, dim = out.shape
+    kv_heads, num_tiles = quantised.k_values.shape[1], len(tiles)
+    chunk = _together(kv_heads, 2 * dim * tokens) * heads // kv_heads
+    stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
+    descriptors = (
+        _dense(quantised.q_values, ROWS.value),
+        _dense(quantised.k_values, TILE),
+        _dense(quantised.v_values, dim),
+        ragged(out, ROWS.value),
+    )
+    sizes = (num_tiles, quantised.q_scales.shape[1], tokens, heads, heads // kv_heads, chunk, stretch)
+    factor = math.log2(math.e) * scores.scale
+    return *descriptors, *quantised[3:], lse, tiles, *sizes, scores.window or 0, factor
+
+
+def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
+    return {
+        "DIM": dim,
+        "CAUSAL": scores.causal,
+        "WINDOWED": scores.window is not None,
+        "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
+        **config.arguments,
+        "enable_fp_fusion": True,
+    }
+
+
+@aggregate
+class _Tiles:
+    """Where tiles lie, and their scales, see `Quantised`."""
+
+    firsts: gl.tensor
+    q_scales: gl.tensor
+    k_scales: gl.tensor
+    v_scales: gl.tensor
+    num: gl.tensor
+
+
+@gluon.jit
+def _load_rows(desc, bars, slot, buffer, row):
+    mbarrier.expect(bars.index(slot), desc.block_type.nbytes)
+    load(desc, [row, 0], bars.index(slot), buffer.index(slot))
+
+
+@gluon.jit
+def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
+    """Load queries, keys and values of one unit after the other, as soon as there is room."""
+    STAGES: gl.constexpr = work.STAGES
+    slot = 0
+    phase = 0
+    turn = 0
+    each, steps = rounds(work.units)
+    kv_heads = work.units.heads // work.group
+    begin, start, end = tile(work.units, 0, each, steps)
+    first = gl.load(tiles.firsts + start)
+    for step in range(steps):
+        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
+        if begin < end:
+            head = head_of(work.units, step, each)
+            last, count, _, _ = _blocks(work, begin, start, end)
+            kv = (first + last) * kv_heads + head // work.group
+            for i in gl.static_range(work.CONSUMERS):
+                mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
+                ahead = begin - start + i * ROWS
+                row = ((first + ahead // KEYS) * work.units.heads + head) * KEYS + ahead % KEYS
+                _load_rows(q_desc, shared.q_full, i, shared.q, row)
+            turn = turn ^ 1
+            _await_room(work, slot, 0)
+            _load_rows(k_desc, shared.k_full, slot, shared.k, kv * KEYS)
+            for _ in range(1, count):
+                next_slot, next_phase = advance(slot, phase, STAGES)
+                _await_room(work, next_slot, 0)
+                _load_rows(k_desc, shared.k_full, next_slot, shared.k, (kv - kv_heads) * KEYS)
+                _await_room(work, slot, 1)
+                _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
+                slot, phase = next_slot, next_phase
+                kv -= kv_heads
+            _await_room(work, slot, 1)
+            _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
+            slot, phase = advance(slot, phase, STAGES)
+        begin, start, end = next_begin, next_start, next_end
+        first = gl.load(tiles.firsts + start)
+    for number in gl.static_range(2 * STAGES):  # no arrival is left over
+        _await_room(work, number, 0)
+
+
+@gluon.jit
+def _by_rows(acc, rows):
+    """Return sums, each row multiplied by a number."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    return acc * gl.expand_dims(gl.convert_layout(rows, LAYOUT, assert_trivial=True), 1)
+
+
+@gluon.jit
+def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr):  # noqa: PLR0915
+    """Attend from 64 queries of each unit: its `CONSUMER`-th.
+
+    Sums are in units of the scale of the values that were added last.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 32])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.DIM, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 4)
+    EDGES: gl.constexpr = work.WINDOWED or (work.CAUSAL and work.CONSUMERS * ROWS != KEYS)
+    GROUPS: gl.constexpr = [ROWS, KEYS // 8, 8]
+    q = shared.q.index(CONSUMER)
+    nothing = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
+    slot = 0
+    phase = 0
+    turn = 0
+    each, steps = rounds(work.units)
+    begin, start, end = tile(work.units, 0, each, steps)
+    first = gl.load(tiles.firsts + start)
+    for number in gl.static_range(2 * work.STAGES):
+        _release(work, number, 0)
+    if CONSUMER == work.CONSUMERS - 1:
+        _pass_turn(work, CONSUMER)
+    for step in range(steps):
+        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
+        if begin < end:
+            block, count, bare_first, bare_last = _blocks(work, begin, start, end)
+            row = begin + CONSUMER * ROWS
+            ahead = (row if work.CAUSAL else end) - start - block * KEYS
+            head = head_of(work.units, step, each)
+            # Rows after the last tile of the document are of no query; any scale will do.
+            q_tile = first + (gl.minimum(row, end - 1) - start) // KEYS
+            q_scale = gl.load(tiles.q_scales + head * tiles.num + q_tile)
+            spot = head // work.group * tiles.num + first + block
+            k_scale = gl.load(tiles.k_scales + spot)
+            v_scale = gl.load(tiles.v_scales + spot)
+            next_k_scale = gl.load(tiles.k_scales + spot - 1, mask=count > 1, other=1.0)
+            mbarrier.wait(shared.q_full.index(CONSUMER), turn)
+            mbarrier.wait(shared.k_full.index(slot), phase)
+            scores = warpgroup_mma(q, shared.k.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            _release(work, slot, 0)
+            q_factor = q_scale * factor
+            scores = _mask(scores.reshape(GROUPS), work, ahead)
+            top = gl.maximum(highest(scores, q_factor * k_scale), LOWEST)
+            weights, total = exponentiate(scores, top, q_factor * k_scale)
+            weights = pack(weights)
+            acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
+            for i in range(1, count):
+                ahead += KEYS
+                spot -= 1
+                block_factor = q_factor * next_k_scale
+                next_k_scale = gl.load(tiles.k_scales + spot - 1, mask=i + 1 < count, other=1.0)
+                next_v_scale = gl.load(tiles.v_scales + spot)
+                k_slot, k_phase = advance(slot, phase, work.STAGES)
+                v = shared.v.index(slot).permute((1, 0))
+                p = operand(weights, OPERAND)
+                mbarrier.wait(shared.k_full.index(k_slot), k_phase)
+                _await_turn(work, CONSUMER)
+                scores = warpgroup_mma(q, shared.k.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                mbarrier.wait(shared.v_full.index(slot), phase)
+                acc = warpgroup_mma(p, v, acc, is_async=True)
+                _pass_turn(work, CONSUMER)
+                scores = warpgroup_mma_wait(1, deps=[scores])
+                _release(work, k_slot, 0)
+                scores = scores.reshape(GROUPS)
+                if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
+                    if _is_edge(work, i, bare_first, bare_last):
+                        scores = _mask(scores, work, ahead)
+                higher = gl.maximum(top, highest(scores, block_factor))
+                fresh, sums = exponentiate(scores, higher, block_factor)
+                fading = gl.exp2(top - higher)
+                total = total * gl.expand_dims(fading, 1) + sums
+                top = higher
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                _release(work, slot, 1)
+                acc = _by_rows(acc, fading * (v_scale / next_v_scale))
+                v_scale = next_v_scale
+                weights = pack(fresh)
+                slot, phase = k_slot, k_phase
+            first = gl.load(tiles.firsts + next_start)
+            mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
+            mbarrier.wait(shared.v_full.index(slot), phase)
+            p = operand(weights, OPERAND)
+            acc = warpgroup_mma(p, shared.v.index(slot).permute((1, 0)), acc, is_async=True)
+            sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
+            top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
+            _store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            _release(work, slot, 1)
+            slot, phase = advance(slot, phase, work.STAGES)
+            turn = turn ^ 1
+            _store_out(out_desc, _by_rows(acc, v_scale / sums), shared.out.index(CONSUMER), row, end, head)
+        else:
+            first = gl.load(tiles.firsts + next_start)
+        begin, start, end = next_begin, next_start, next_end
+    if CONSUMER == 0:  # no arrival is left over
+        _await_turn(work, CONSUMER)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_tiles", "num_blocks", "tokens", "heads", "group", "chunk", "stretch", "window"])
+def _forward_kernel(  # noqa: PLR0913
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    q_scales,
+    k_scales,
+    v_scales,
+    firsts,
+    lse,
+    tiles,
+    num_tiles,
+    num_blocks,
+    tokens,
+    heads,
+    group,
+    chunk,
+    stretch,
+    window,
+    factor,
+    DIM: gl.constexpr,
+    CAUSAL: gl.constexpr,
+    WINDOWED: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):
+    """Attend from all units that fall to this program."""
+    dtype: gl.constexpr = q_desc.dtype
+    shared = _Shared(
+        gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, DIM, BLOCK_N], v_desc.layout),
+        gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 1, ROWS, DIM], out_desc.layout),
+        barriers(CONSUMERS, 1),
+        barriers(CONSUMERS, 1),
+        barriers(STAGES, 1),
+        barriers(STAGES, 1),
+    )
+    units = Units(tiles, num_tiles, heads, chunk, stretch)
+    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
+    blocks = _Tiles(firsts, q_scales, k_scales, v_scales, num_blocks)
+    fence_async_shared()
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, blocks, out_desc, lse, tokens, factor, 0)),
+                (_consume, (shared, work, blocks, out_desc, lse, tokens, factor, 1)),
+                (_produce, (shared, work, blocks, q_desc, k_desc, v_desc)),
+            ],
+            [4, 1],
+            [REGISTERS[0], REGISTERS[1]],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (shared, work, blocks, out_desc, lse, tokens, factor, 0)),
+                (_consume, (shared, work, blocks, out_desc, lse, tokens, factor, 1)),
+                (_consume, (shared, work, blocks, out_desc, lse, tokens, factor, 2)),
+                (_produce, (shared, work, blocks, q_desc, k_desc, v_desc)),
+            ],
+            [4, 4, 1],
+            [REGISTERS[0], REGISTERS[0], REGISTERS[1]],
+        )
+
+
+def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """Yield label, kernel, arguments and keyword arguments of everything that a compiler should be tried on."""
+    tiles = torch.empty((16, 3), dtype=torch.int32)
+    for name, scores, dtype in VARIANTS:
+        for dim, configs in CONFIGS.items():
+            values, scales = torch.empty((16, 4, TILE, dim), dtype=torch.float8_e4m3fn), torch.empty((4, 16))
+            quantised = Quantised(values, values, values.transpose(2, 3), *[scales] * 3, tiles.flatten())
+            out, lse = torch.empty((256, 4, dim), dtype=dtype), torch.empty((4, 256))
+            for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
+                blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
+                label = f"gluon attention fp8 {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
+                arguments = _arguments(quantised, out, lse, tiles, scores)
+                yield label, _forward_kernel, arguments, _options(dim, scores, config)
