@@ -117,7 +117,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     (q, k, v), (tokens, heads, dim) = inputs, inputs[0].shape
     kv_heads, keys, num_tiles = k.shape[1], config.blocks["BLOCK_N"], len(tiles)
-    chunk = _together(kv_heads, 2 * k.element_size() * dim * tokens) * heads // kv_heads
+    chunk = heads_together(kv_heads, 2 * k.element_size() * dim * tokens) * heads // kv_heads
     # Tiles of unlike length are dealt out evenly chunk by chunk, others all at once.
     stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
     sizes = (num_tiles, tokens, heads, heads // kv_heads, chunk, stretch, scores.window or 0)
@@ -126,7 +126,7 @@ def _arguments(
 
 
 @lru_cache
-def _together(kv_heads: int, head_bytes: int) -> int:
+def heads_together(kv_heads: int, head_bytes: int) -> int:
     """Return how many key heads programs go through together: those that stay cached, of a number that divides all."""
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= _CACHED_BYTES))
 
@@ -143,7 +143,7 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
 
 
 @aggregate
-class _Shared:
+class Shared:
     """Buffers and their barriers: `full` when loaded, `empty` when every reader is through with them.
 
     That keys and values have been read is said by barriers by number, see `_by_number`: to arrive there takes no
@@ -161,7 +161,7 @@ class _Shared:
 
 
 @aggregate
-class _Work:
+class Work:
     """What is to be done."""
 
     units: Units
@@ -184,33 +184,33 @@ def _by_number(work, slot, VALUES: gl.constexpr):
 
 
 @gluon.jit
-def _release(work, slot, VALUES: gl.constexpr):
+def release(work, slot, VALUES: gl.constexpr):
     """Tell the producer that a warpgroup is through with the keys, or values, of a slot."""
     pass_by(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
 
 
 @gluon.jit
-def _await_room(work, slot, VALUES: gl.constexpr):
+def await_room(work, slot, VALUES: gl.constexpr):
     """Wait until all warpgroups are through with the keys, or values, of a slot."""
     meet(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
 
 
 @gluon.jit
-def _await_turn(work, CONSUMER: gl.constexpr):
+def await_turn(work, CONSUMER: gl.constexpr):
     """Wait, if warpgroups take turns, until it is this one's."""
     if work.TURNS:
         meet(16 - work.CONSUMERS + CONSUMER, 256)
 
 
 @gluon.jit
-def _pass_turn(work, CONSUMER: gl.constexpr):
+def pass_turn(work, CONSUMER: gl.constexpr):
     """Pass the turn on to the next warpgroup."""
     if work.TURNS:
         pass_by(16 - work.CONSUMERS + (CONSUMER + 1) % work.CONSUMERS, 256)
 
 
 @gluon.jit
-def _blocks(work, begin, start, end):
+def blocks_of(work, begin, start, end):
     """Return how many blocks of keys a tile sees, from the last to the first, and where those without a mask lie.
 
     Returns:
@@ -251,32 +251,32 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
         begin, start, end = tile(work.units, step, each, steps)
         if begin < end:
             head = head_of(work.units, step, each)
-            last, count, _, _ = _blocks(work, begin, start, end)
+            last, count, _, _ = blocks_of(work, begin, start, end)
             column = head // work.group * work.DIM
             row = start + last * work.BLOCK_N
             for i in gl.static_range(work.CONSUMERS):
                 mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
                 _load_tile(q_desc, shared.q_full, i, shared.q, begin + i * ROWS, end, head * work.DIM)
             turn = turn ^ 1
-            _await_room(work, slot, 0)
+            await_room(work, slot, 0)
             _load_tile(k_desc, shared.k_full, slot, shared.k, row, end, column)
             for _ in range(1, count):
                 next_slot, next_phase = advance(slot, phase, STAGES)
-                _await_room(work, next_slot, 0)
+                await_room(work, next_slot, 0)
                 _load_tile(k_desc, shared.k_full, next_slot, shared.k, row - work.BLOCK_N, end, column)
-                _await_room(work, slot, 1)
+                await_room(work, slot, 1)
                 _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
                 slot, phase = next_slot, next_phase
                 row -= work.BLOCK_N
-            _await_room(work, slot, 1)
+            await_room(work, slot, 1)
             _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
             slot, phase = advance(slot, phase, STAGES)
     for number in gl.static_range(2 * STAGES):  # no arrival is left over
-        _await_room(work, number, 0)
+        await_room(work, number, 0)
 
 
 @gluon.jit
-def _mask(scores, work, ahead):
+def mask_scores(scores, work, ahead):
     """Hide the keys that queries do not see; [ROWS, BLOCK_N / 8, 8].
 
     The first query, or if not causal the document's end, lies `ahead` of the first key.
@@ -298,7 +298,7 @@ def _mask(scores, work, ahead):
 
 
 @gluon.jit
-def _is_edge(work, i, bare_first, bare_last):
+def is_edge(work, i, bare_first, bare_last):
     """Return whether a block after the first needs a mask."""
     edge = i < bare_first
     if work.WINDOWED:
@@ -320,13 +320,14 @@ def _operand(weights, work, dtype: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _store_lse(pointer, values, row, end):
+def store_lse(pointer, values, row, end):
+    """Write the log-sum-exp of rows of one document."""
     rows = row + gl.arange(0, ROWS, layout=values.type.layout)
     gl.store(pointer + rows, values, mask=rows < end)
 
 
 @gluon.jit
-def _store_out(desc, values, buffer, row, end, head):
+def store_out(desc, values, buffer, row, end, head):
     """Start to write values from a buffer, out of which those of the unit before may still be on their way."""
     DIM: gl.constexpr = values.shape[1]
     tma.store_wait(0)
@@ -356,13 +357,13 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
     each, steps = rounds(work.units)
     begin, start, end = tile(work.units, 0, each, steps)
     for number in gl.static_range(2 * work.STAGES):
-        _release(work, number, 0)
+        release(work, number, 0)
     if CONSUMER == work.CONSUMERS - 1:
-        _pass_turn(work, CONSUMER)
+        pass_turn(work, CONSUMER)
     for step in range(steps):
         next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
         if begin < end:
-            block, count, bare_first, bare_last = _blocks(work, begin, start, end)
+            block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
             row = begin + CONSUMER * ROWS
             ahead = (row if work.CAUSAL else end) - start - block * work.BLOCK_N
             mbarrier.wait(shared.q_full.index(CONSUMER), turn)
@@ -371,8 +372,8 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
             nothing = gl.zeros([ROWS, work.BLOCK_N], gl.float32, SCORES)
             scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            _release(work, slot, 0)
-            scores = _mask(scores.reshape(GROUPS), work, ahead)
+            release(work, slot, 0)
+            scores = mask_scores(scores.reshape(GROUPS), work, ahead)
             top = gl.maximum(gl.max(gl.max(scores, 1), 1) * factor, LOWEST)
             weights, total = _exponentiate(scores, top, factor)
             weights = _operand(weights, work, dtype, OPERAND)
@@ -383,24 +384,24 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
                 k = shared.k.index(k_slot).reshape([work.BLOCK_N, work.DIM])
                 v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
                 mbarrier.wait(shared.k_full.index(k_slot), k_phase)
-                _await_turn(work, CONSUMER)
+                await_turn(work, CONSUMER)
                 scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
                 mbarrier.wait(shared.v_full.index(slot), phase)
                 acc = warpgroup_mma(weights, v, acc, is_async=True)
-                _pass_turn(work, CONSUMER)
+                pass_turn(work, CONSUMER)
                 scores = warpgroup_mma_wait(1, deps=[scores])
-                _release(work, k_slot, 0)
+                release(work, k_slot, 0)
                 scores = scores.reshape(GROUPS)
                 if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
-                    if _is_edge(work, i, bare_first, bare_last):
-                        scores = _mask(scores, work, ahead)
+                    if is_edge(work, i, bare_first, bare_last):
+                        scores = mask_scores(scores, work, ahead)
                 higher = gl.maximum(top, gl.max(gl.max(scores, 1), 1) * factor)
                 fresh, part = _exponentiate(scores, higher, factor)
                 decay = gl.exp2(top - higher)
                 total = total * gl.expand_dims(decay, 1) + part
                 top = higher
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                _release(work, slot, 1)
+                release(work, slot, 1)
                 acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1)
                 weights = _operand(fresh, work, dtype, OPERAND)
                 slot, phase = k_slot, k_phase
@@ -411,15 +412,15 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
             sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
             top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
             head = head_of(work.units, step, each)
-            _store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _release(work, slot, 1)
+            release(work, slot, 1)
             slot, phase = advance(slot, phase, work.STAGES)
             turn = turn ^ 1
-            _store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
+            store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
         begin, start, end = next_begin, next_start, next_end
     if CONSUMER == 0:  # no arrival is left over
-        _await_turn(work, CONSUMER)
+        await_turn(work, CONSUMER)
     tma.store_wait(0)
 
 
@@ -450,7 +451,7 @@ def _forward_kernel(  # noqa: PLR0913
 ):
     """Attend from all units that fall to this program."""
     dtype: gl.constexpr = q_desc.dtype
-    shared = _Shared(
+    shared = Shared(
         gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, ROWS, DIM], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DIM], k_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DIM], v_desc.layout),
@@ -461,7 +462,7 @@ def _forward_kernel(  # noqa: PLR0913
         barriers(STAGES, 1),
     )
     units = Units(tiles, num_tiles, heads, chunk, stretch)
-    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
+    work = Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
     fence_async_shared()
     if CONSUMERS == 2:
         gl.warp_specialize(

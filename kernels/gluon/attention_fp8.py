@@ -37,18 +37,18 @@ from shardwright.kernels.gluon.attention_forward import (
     LN2,
     LOWEST,
     ROWS,
-    _await_room,
-    _await_turn,
-    _blocks,
-    _is_edge,
-    _mask,
-    _pass_turn,
-    _release,
-    _Shared,
-    _store_lse,
-    _store_out,
-    _together,
-    _Work,
+    Shared,
+    Work,
+    await_room,
+    await_turn,
+    blocks_of,
+    heads_together,
+    is_edge,
+    mask_scores,
+    pass_turn,
+    release,
+    store_lse,
+    store_out,
 )
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
@@ -134,7 +134,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     tokens, heads, dim = out.shape
     kv_heads, num_tiles = quantised.k_values.shape[1], len(tiles)
-    chunk = _together(kv_heads, 2 * dim * tokens) * heads // kv_heads
+    chunk = heads_together(kv_heads, 2 * dim * tokens) * heads // kv_heads
     stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
     descriptors = (
         _dense(quantised.q_values, ROWS.value),
@@ -190,7 +190,7 @@ def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
         next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
         if begin < end:
             head = head_of(work.units, step, each)
-            last, count, _, _ = _blocks(work, begin, start, end)
+            last, count, _, _ = blocks_of(work, begin, start, end)
             kv = (first + last) * kv_heads + head // work.group
             for i in gl.static_range(work.CONSUMERS):
                 mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
@@ -198,23 +198,23 @@ def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
                 row = ((first + ahead // KEYS) * work.units.heads + head) * KEYS + ahead % KEYS
                 _load_rows(q_desc, shared.q_full, i, shared.q, row)
             turn = turn ^ 1
-            _await_room(work, slot, 0)
+            await_room(work, slot, 0)
             _load_rows(k_desc, shared.k_full, slot, shared.k, kv * KEYS)
             for _ in range(1, count):
                 next_slot, next_phase = advance(slot, phase, STAGES)
-                _await_room(work, next_slot, 0)
+                await_room(work, next_slot, 0)
                 _load_rows(k_desc, shared.k_full, next_slot, shared.k, (kv - kv_heads) * KEYS)
-                _await_room(work, slot, 1)
+                await_room(work, slot, 1)
                 _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
                 slot, phase = next_slot, next_phase
                 kv -= kv_heads
-            _await_room(work, slot, 1)
+            await_room(work, slot, 1)
             _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
             slot, phase = advance(slot, phase, STAGES)
         begin, start, end = next_begin, next_start, next_end
         first = gl.load(tiles.firsts + start)
     for number in gl.static_range(2 * STAGES):  # no arrival is left over
-        _await_room(work, number, 0)
+        await_room(work, number, 0)
 
 
 @gluon.jit
@@ -244,13 +244,13 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
     begin, start, end = tile(work.units, 0, each, steps)
     first = gl.load(tiles.firsts + start)
     for number in gl.static_range(2 * work.STAGES):
-        _release(work, number, 0)
+        release(work, number, 0)
     if CONSUMER == work.CONSUMERS - 1:
-        _pass_turn(work, CONSUMER)
+        pass_turn(work, CONSUMER)
     for step in range(steps):
         next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
         if begin < end:
-            block, count, bare_first, bare_last = _blocks(work, begin, start, end)
+            block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
             row = begin + CONSUMER * ROWS
             ahead = (row if work.CAUSAL else end) - start - block * KEYS
             head = head_of(work.units, step, each)
@@ -265,9 +265,9 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
             mbarrier.wait(shared.k_full.index(slot), phase)
             scores = warpgroup_mma(q, shared.k.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            _release(work, slot, 0)
+            release(work, slot, 0)
             q_factor = q_scale * factor
-            scores = _mask(scores.reshape(GROUPS), work, ahead)
+            scores = mask_scores(scores.reshape(GROUPS), work, ahead)
             top = gl.maximum(highest(scores, q_factor * k_scale), LOWEST)
             weights, total = exponentiate(scores, top, q_factor * k_scale)
             weights = pack(weights)
@@ -282,24 +282,24 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
                 v = shared.v.index(slot).permute((1, 0))
                 p = operand(weights, OPERAND)
                 mbarrier.wait(shared.k_full.index(k_slot), k_phase)
-                _await_turn(work, CONSUMER)
+                await_turn(work, CONSUMER)
                 scores = warpgroup_mma(q, shared.k.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 mbarrier.wait(shared.v_full.index(slot), phase)
                 acc = warpgroup_mma(p, v, acc, is_async=True)
-                _pass_turn(work, CONSUMER)
+                pass_turn(work, CONSUMER)
                 scores = warpgroup_mma_wait(1, deps=[scores])
-                _release(work, k_slot, 0)
+                release(work, k_slot, 0)
                 scores = scores.reshape(GROUPS)
                 if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
-                    if _is_edge(work, i, bare_first, bare_last):
-                        scores = _mask(scores, work, ahead)
+                    if is_edge(work, i, bare_first, bare_last):
+                        scores = mask_scores(scores, work, ahead)
                 higher = gl.maximum(top, highest(scores, block_factor))
                 fresh, sums = exponentiate(scores, higher, block_factor)
                 fading = gl.exp2(top - higher)
                 total = total * gl.expand_dims(fading, 1) + sums
                 top = higher
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                _release(work, slot, 1)
+                release(work, slot, 1)
                 acc = _by_rows(acc, fading * (v_scale / next_v_scale))
                 v_scale = next_v_scale
                 weights = pack(fresh)
@@ -311,17 +311,17 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
             acc = warpgroup_mma(p, shared.v.index(slot).permute((1, 0)), acc, is_async=True)
             sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
             top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
-            _store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _release(work, slot, 1)
+            release(work, slot, 1)
             slot, phase = advance(slot, phase, work.STAGES)
             turn = turn ^ 1
-            _store_out(out_desc, _by_rows(acc, v_scale / sums), shared.out.index(CONSUMER), row, end, head)
+            store_out(out_desc, _by_rows(acc, v_scale / sums), shared.out.index(CONSUMER), row, end, head)
         else:
             first = gl.load(tiles.firsts + next_start)
         begin, start, end = next_begin, next_start, next_end
     if CONSUMER == 0:  # no arrival is left over
-        _await_turn(work, CONSUMER)
+        await_turn(work, CONSUMER)
     tma.store_wait(0)
 
 
@@ -357,7 +357,7 @@ def _forward_kernel(  # noqa: PLR0913
 ):
     """Attend from all units that fall to this program."""
     dtype: gl.constexpr = q_desc.dtype
-    shared = _Shared(
+    shared = Shared(
         gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], k_desc.layout),
         gl.allocate_shared_memory(dtype, [STAGES, DIM, BLOCK_N], v_desc.layout),
@@ -368,7 +368,7 @@ def _forward_kernel(  # noqa: PLR0913
         barriers(STAGES, 1),
     )
     units = Units(tiles, num_tiles, heads, chunk, stretch)
-    work = _Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
+    work = Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
     blocks = _Tiles(firsts, q_scales, k_scales, v_scales, num_blocks)
     fence_async_shared()
     if CONSUMERS == 2:

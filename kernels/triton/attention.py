@@ -114,15 +114,16 @@ def _gluon_refusal(q: torch.Tensor, scores: Scores) -> str | None:
         return "it needs a GPU"
     from shardwright.kernels.gluon.hopper import unsupported
 
-    return unsupported(q.shape[-1], q.dtype, scores, _capability(q.device))
+    return unsupported(q.shape[-1], q.dtype, scores, capability_of(q.device))
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
-def _scores(
+def scores_of(
     longest: int,
     window: int | None,
     causal: bool,
@@ -132,6 +133,7 @@ def _scores(
     queries: torch.Tensor | None = None,
     block: int = 0,
 ) -> Scores:
+    """Return how scores are made, from arguments as operators have them; a window as long as a document is none."""
     narrow = window if window is not None and window < longest else None
     lists = None if keys is None or queries is None else BlockLists(block=block, keys=keys, queries=queries)
     return Scores(scale=scale, softcap=softcap, causal=causal, window=narrow, lists=lists)
@@ -144,7 +146,7 @@ def _documents(bounds: torch.Tensor, longest: int, q_BTHD: torch.Tensor) -> Docu
 def _forward(  # noqa: PLR0913
     q_BTHD, k_BTKD, v_BTKD, bounds, longest, window, causal, softcap, scale, backend, *blocks
 ):
-    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale, *blocks)
+    documents, scores = _documents(bounds, longest, q_BTHD), scores_of(longest, window, causal, softcap, scale, *blocks)
     q, k, v = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD))
     if backend == "gluon" and (refusal := _gluon_refusal(q_BTHD, scores)):
         raise KernelError(f"backend=gluon cannot do this attention: {refusal}; use backend=triton")
@@ -175,7 +177,7 @@ def _backward(  # noqa: PLR0913
     backend,
     *blocks,
 ):
-    documents, scores = _documents(bounds, longest, q_BTHD), _scores(longest, window, causal, softcap, scale, *blocks)
+    documents, scores = _documents(bounds, longest, q_BTHD), scores_of(longest, window, causal, softcap, scale, *blocks)
     q, k, v, out, dout = (x.flatten(0, 1) for x in (q_BTHD, k_BTKD, v_BTKD, out_BTHD, dout_BTHD))
     lse, dlse = lse_HBT.flatten(1, 2), None if dlse_HBT is None else dlse_HBT.flatten(1, 2)
     if backend == "gluon" and not torch.are_deterministic_algorithms_enabled():
@@ -199,13 +201,13 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Tensor | None) -> tuple[Any, ...]:
     *tensors, keys, queries = ctx.saved_tensors
     dout_BTHD = torch.zeros_like(tensors[3]) if dout_BTHD is None else dout_BTHD
-    gradients = _attention_backward(dout_BTHD, dlse_HBT, *tensors, *ctx.options, keys, queries, ctx.block)
+    gradients = attention_backward(dout_BTHD, dlse_HBT, *tensors, *ctx.options, keys, queries, ctx.block)
     return *gradients, *[None] * 10
 
 
 _OPTIONS = "SymInt longest, int? window, bool causal, float? softcap, float scale, str backend"
 _LISTS = "Tensor? key_blocks=None, Tensor? query_blocks=None, int block=0"
-_attention_backward = operator(
+attention_backward = operator(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"Tensor bounds, {_OPTIONS}, {_LISTS}) -> (Tensor, Tensor, Tensor)",
     _backward,

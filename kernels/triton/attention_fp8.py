@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from shardwright.kernels.op import KernelError
-from shardwright.kernels.triton.attention import _attention_backward, _scores
+from shardwright.kernels.triton.attention import attention_backward, capability_of, scores_of
 from shardwright.kernels.triton.attention_forward import Documents
 from shardwright.kernels.triton.operator import operator
 from shardwright.kernels.triton.quantise import check, quantise
@@ -69,8 +69,8 @@ def _launch(  # noqa: PLR0913
     from shardwright.kernels.gluon.attention_fp8 import forward  # Gluon, which an interpreter lacks
     from shardwright.kernels.gluon.hopper import unsupported
 
-    scores = _scores(longest, window, causal, None, scale)
-    capability = torch.cuda.get_device_capability(q_BTHD.device) if q_BTHD.is_cuda else (0, 0)
+    scores = scores_of(longest, window, causal, None, scale)
+    capability = capability_of(q_BTHD.device) if q_BTHD.is_cuda else (0, 0)
     if refusal := unsupported(q_BTHD.shape[-1], q_BTHD.dtype, scores, capability):
         raise KernelError(f"FP8 attention cannot run here: {refusal}; use kernels.attention=auto")
     batch, tokens = q_BTHD.shape[:2]
@@ -102,7 +102,7 @@ def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Ten
     *tensors, cos_BTD, sin_BTD = ctx.saved_tensors
     longest, window, causal, scale = ctx.options
     dout_BTHD = torch.zeros_like(tensors[3]) if dout_BTHD is None else dout_BTHD
-    dq, dk, dv = _attention_backward(dout_BTHD, dlse_HBT, *tensors, longest, window, causal, None, scale, "gluon")
+    dq, dk, dv = attention_backward(dout_BTHD, dlse_HBT, *tensors, longest, window, causal, None, scale, "gluon")
     if cos_BTD is not None:
         dq, dk = rotate_pair(dq, dk, cos_BTD, sin_BTD, True)
     return dq, dk, dv, *[None] * 7

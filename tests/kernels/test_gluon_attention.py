@@ -8,7 +8,7 @@ from support_attention import assert_as_exact_as_plain, bounds_of, plain, random
 
 from shardwright.kernels import attention as op
 from shardwright.kernels.op import KernelError, Situation
-from shardwright.kernels.triton.attention import _scores, attention
+from shardwright.kernels.triton.attention import attention, scores_of
 from shardwright.kernels.triton.attention_forward import Documents
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -53,7 +53,7 @@ def case(dim, lengths=(300, 1, 513, 128), window=None, causal=True):
     q, k, v, dout = (x[0].to("cuda", torch.bfloat16) for x in tensors[:4])
     dlse = tensors[4][0].T.to("cuda", torch.float32).contiguous()
     documents = Documents(bounds=bounds.cuda(), longest=max(lengths), tokens=sum(lengths))
-    return (q, k, v), (dout, dlse), documents, _scores(max(lengths), window, causal, None, dim**-0.5), theirs, truth
+    return (q, k, v), (dout, dlse), documents, scores_of(max(lengths), window, causal, None, dim**-0.5), theirs, truth
 
 
 def shaped(found, truth):

@@ -70,7 +70,7 @@ def case(dim, lengths=(300, 1, 513, 128), window=None, causal=True):
     q, k, v = (x[0].to("cuda", torch.bfloat16) for x in tensors)
     documents = Documents(bounds=bounds_of(lengths).cuda(), longest=max(lengths), tokens=sum(lengths))
     quantised = quantise(q, k, v, None, documents)[2]
-    return quantised, documents, wide._scores(max(lengths), window, causal, None, dim**-0.5), torch.bfloat16
+    return quantised, documents, wide.scores_of(max(lengths), window, causal, None, dim**-0.5), torch.bfloat16
 
 
 def restored(quantised, lengths):

@@ -11,7 +11,7 @@ from shardwright.kernels import attention as op
 from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton import attention_backward as backward
 from shardwright.kernels.triton import attention_forward as forward
-from shardwright.kernels.triton.attention import _scores, attention
+from shardwright.kernels.triton.attention import attention, scores_of
 from shardwright.parallel.ring import _merge, block_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +93,7 @@ def case(window, causal, tokens):
     q, k, v, dout = (x[0].to(DEVICE, DTYPES[0]) for x in tensors[:4])
     dlse = tensors[4][0].T.to(DEVICE, torch.float32)
     documents = forward.Documents(bounds=bounds.to(DEVICE), longest=tokens, tokens=tokens)
-    scores = _scores(tokens, window, causal, None, dim**-0.5)
+    scores = scores_of(tokens, window, causal, None, dim**-0.5)
     return (q, k, v), (dout, dlse), documents, scores, theirs, truth
 
 

@@ -15,7 +15,7 @@ from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton import attention_backward as backward
 from shardwright.kernels.triton import attention_forward as forward
 from shardwright.kernels.triton import block_sparse
-from shardwright.kernels.triton.attention import _scores, attention
+from shardwright.kernels.triton.attention import attention, scores_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16, torch.float32]
@@ -189,7 +189,7 @@ def case(window, causal):
     dlse = tensors[4][0].T.to(DEVICE, torch.float32)
     documents = forward.Documents(bounds=bounds.to(DEVICE), longest=tokens, tokens=tokens)
     lists = BlockLists.from_mask(kind["mask"].to(DEVICE), block)
-    scores = _scores(tokens, window, causal, None, dim**-0.5, lists.keys, lists.queries, block)
+    scores = scores_of(tokens, window, causal, None, dim**-0.5, lists.keys, lists.queries, block)
     outputs = forward.forward(q, k, v, documents, scores)
     delta = backward.backward_queries((q, k, v), outputs, (dout, dlse), documents, scores)[1]
     return (q, k, v), outputs, (dout, dlse), delta, documents, scores, theirs, truth
