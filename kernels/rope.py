@@ -7,24 +7,36 @@ import torch
 from shardwright.kernels.op import Candidate, Op, Situation, lacks_triton
 
 
-def reference(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
+def reference(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn the pairs (i, i + D / 2) of every head by the angle of the token's position, in float32.
 
     Args:
-        x_BTHD: queries or keys.
+        q_BTHD: queries.
+        k_BTKD: keys.
         cos_BTD: float32 cosines, both halves alike; `sin_BTD` likewise.
         sin_BTD: float32 sines.
+
+    Returns:
+        Queries and keys, turned, in their dtype.
     """
-    low, high = x_BTHD.float().chunk(2, -1)
-    turned = torch.cat((-high, low), -1)
-    return (x_BTHD.float() * cos_BTD[:, :, None] + turned * sin_BTD[:, :, None]).to(x_BTHD.dtype)
+
+    def turned(x_BTHD: torch.Tensor) -> torch.Tensor:
+        low, high = x_BTHD.float().chunk(2, -1)
+        across = torch.cat((-high, low), -1)
+        return (x_BTHD.float() * cos_BTD[:, :, None] + across * sin_BTD[:, :, None]).to(x_BTHD.dtype)
+
+    return turned(q_BTHD), turned(k_BTKD)
 
 
-def triton(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
+def triton(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As `reference`, in one kernel, which reads the first half of the angles; they get no gradient."""
     from shardwright.kernels.triton.rope import rope
 
-    return rope(x_BTHD, cos_BTD, sin_BTD)
+    return rope(q_BTHD, k_BTKD, cos_BTD, sin_BTD)
 
 
 def _triton_unsupported(situation: Situation) -> str | None:

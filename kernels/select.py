@@ -46,7 +46,7 @@ class Kernels:
     attention: Callable[..., torch.Tensor] = attention.OP.reference
     linear: Callable[..., torch.Tensor] = linear.OP.reference
     rms_norm: Callable[..., torch.Tensor] = rms_norm.OP.reference
-    rope: Callable[..., torch.Tensor] = rope.OP.reference
+    rope: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rope.OP.reference
     swiglu: Callable[..., torch.Tensor] = swiglu.OP.reference
     linear_cross_entropy: Callable[..., torch.Tensor] = linear_cross_entropy.OP.reference
     vocabulary_statistics: Callable[..., tuple[torch.Tensor, torch.Tensor]] = vocabulary_statistics.OP.reference

@@ -86,7 +86,7 @@ class Attention(nn.Module):
         if self.kernels.attention_fuses_rope:
             options["angles"] = context.cos_BTD, context.sin_BTD
         else:
-            q_BTHD, k_BTKD = (self.kernels.rope(x, context.cos_BTD, context.sin_BTD) for x in (q_BTHD, k_BTKD))
+            q_BTHD, k_BTKD = self.kernels.rope(q_BTHD, k_BTKD, context.cos_BTD, context.sin_BTD)
         out_BTHD = self.kernels.attention(
             q_BTHD, k_BTKD, v_BTKD, context.positions_BT, context.bounds, context.longest, **options
         )

@@ -85,7 +85,7 @@ def cases(*, small: bool) -> Iterator[Case]:
     """Yield all cases; `small` ones only show that everything runs."""
     shrink = 64 if small else 1
     yield from _norms(16384 // shrink, 4096 // shrink)
-    yield from _ropes(16384 // shrink, max(32 // shrink, 2), max(8 // shrink, 1))
+    yield _rope(16384 // shrink, max(32 // shrink, 2), max(8 // shrink, 1))
     yield from _gated(16384 // shrink, 14336 // shrink)
     yield _embedding(16384 // shrink, 4096 // shrink, 128256 // shrink)
     yield from (_optimizer(kind, 10, shrink) for kind in ("adamw", "lamb"))
@@ -156,26 +156,20 @@ def _plain_residual(norm: Implementation) -> Implementation:
     return plain
 
 
-def _ropes(tokens: int, heads: int, kv_heads: int) -> Iterator[Case]:
-    """Queries alone, and with keys in one launch."""
-
-    def inputs(counts: tuple[int, ...], device: torch.device) -> list[Any]:
-        return [*(_leaf(device, 1, tokens, count, 128) for count in counts), *_angles(device, tokens)]
-
-    def plain(q_BTHD, k_BTKD, cos_BTD, sin_BTD):
-        return tuple(rope.reference(x, cos_BTD, sin_BTD) for x in (q_BTHD, k_BTKD))
-
-    pair = _own("rope_qk", plain, "rope", "rope_qk")
-    others = {"liger": peers.liger_rope_qk, "quack": peers.quack_rope_qk}
-    for op, counts, found in ((rope.OP, (heads,), {}), (pair, (heads, kv_heads), others)):
-        numel = 2 * tokens * sum(counts) * 128
-        yield Case(
-            label=f"{op.name} {tokens} x {sum(counts) * 128}",
-            op=op,
-            inputs=partial(inputs, counts),
-            work={"forward": 2 * numel, "backward": 2 * numel},
-            peers={**found, "compiled": partial(peers.compiled, op.reference)},
-        )
+def _rope(tokens: int, heads: int, kv_heads: int) -> Case:
+    counts = heads, kv_heads
+    numel = 2 * tokens * sum(counts) * 128
+    return Case(
+        label=f"rope {tokens} x {sum(counts) * 128}",
+        op=rope.OP,
+        inputs=lambda device: [*(_leaf(device, 1, tokens, n, 128) for n in counts), *_angles(device, tokens)],
+        work={"forward": 2 * numel, "backward": 2 * numel},
+        peers={
+            "liger": peers.liger_rope,
+            "quack": peers.quack_rope,
+            "compiled": partial(peers.compiled, rope.OP.reference),
+        },
+    )
 
 
 def _gated(tokens: int, wide: int) -> Iterator[Case]:

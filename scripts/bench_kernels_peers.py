@@ -166,7 +166,7 @@ def liger_geglu() -> Implementation:
     return _liger("geglu", "LigerGELUMulFunction")
 
 
-def liger_rope_qk() -> Implementation:
+def liger_rope() -> Implementation:
     """Load liger-kernel's RoPE, which turns contiguous queries and keys in place."""
     apply = _liger("rope", "LigerRopeFunction")
 
@@ -213,7 +213,7 @@ def quack_residual_rms_norm() -> Implementation:
     return lambda x, residual, weight, eps: function(x, weight, residual=residual, eps=eps, prenorm=True)
 
 
-def quack_rope_qk() -> Implementation:
+def quack_rope() -> Implementation:
     """Load quack's RoPE, which takes queries and keys one after the other, and the first half of the angles."""
     function: Any = import_module("quack.rotary").apply_rotary_emb
 

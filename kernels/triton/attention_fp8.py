@@ -14,7 +14,7 @@ from shardwright.kernels.triton.attention import attention_backward, capability_
 from shardwright.kernels.triton.attention_forward import Documents
 from shardwright.kernels.triton.operator import operator
 from shardwright.kernels.triton.quantise import check, quantise
-from shardwright.kernels.triton.rope import rotate_pair
+from shardwright.kernels.triton.rope import rotate
 
 
 def attention(  # noqa: PLR0913
@@ -104,7 +104,7 @@ def _differentiate(ctx: Any, dout_BTHD: torch.Tensor | None, dlse_HBT: torch.Ten
     dout_BTHD = torch.zeros_like(tensors[3]) if dout_BTHD is None else dout_BTHD
     dq, dk, dv = attention_backward(dout_BTHD, dlse_HBT, *tensors, longest, window, causal, None, scale, "gluon")
     if cos_BTD is not None:
-        dq, dk = rotate_pair(dq, dk, cos_BTD, sin_BTD, True)
+        dq, dk = rotate(dq, dk, cos_BTD, sin_BTD, True)
     return dq, dk, dv, *[None] * 7
 
 

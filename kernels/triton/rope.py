@@ -1,4 +1,4 @@
-"""Rotary position embedding, in the half-split form of the Llama family, of one tensor or of queries and keys at once.
+"""Rotary position embedding, in the half-split form of the Llama family, of queries and keys at once.
 
 Backward is the same kernel with the angle negated.
 
@@ -142,22 +142,21 @@ def _blocks(all_tokens: int, num_heads: int, tokens: int, heads: int) -> int:
 
 def launch(
     q_BTHD: torch.Tensor,
-    k_BTKD: torch.Tensor | None,
+    k_BTKD: torch.Tensor,
     cos_BTD: torch.Tensor,
     sin_BTD: torch.Tensor,
     inverse: bool,
     config: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return q and k turned by the angle, or by its negative; without k, the second is the first again."""
+    """Return q and k turned by the angle, or by its negative."""
     _check(q_BTHD, k_BTKD, cos_BTD, sin_BTD)
     batch, tokens, q_heads, head_dim = q_BTHD.shape
-    q, q_out = _heads_dense(q_BTHD), empty_dense(q_BTHD)
-    k, k_out = (q, q_out) if k_BTKD is None else (_heads_dense(k_BTKD), empty_dense(k_BTKD))
-    k_heads = k.shape[2]
+    q, k, k_heads = _heads_dense(q_BTHD), _heads_dense(k_BTKD), k_BTKD.shape[2]
+    q_out, k_out = empty_dense(q_BTHD), empty_dense(k_BTKD)
     config = config or pick("rope", f"head_dim={head_dim}", lambda: CONFIGS, q.device)
     constants = _constants(config, head_dim, q_heads, k_heads, inverse)
     q_blocks = _blocks(batch * tokens, q_heads, constants["Q_TOKENS"], constants["Q_HEADS"])
-    k_blocks = 0 if k is q else _blocks(batch * tokens, k_heads, constants["K_TOKENS"], constants["K_HEADS"])
+    k_blocks = _blocks(batch * tokens, k_heads, constants["K_TOKENS"], constants["K_HEADS"])
     launch_kernel(
         turn_pair,
         (q_blocks + k_blocks,),
@@ -177,7 +176,7 @@ def launch(
     return q_out, k_out
 
 
-def _check(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     batch, tokens, _, head_dim = q.shape
     wanted = (batch, tokens, head_dim)
     if cos.shape != wanted or sin.shape != wanted or cos.dtype != torch.float32 or sin.dtype != torch.float32:
@@ -187,7 +186,7 @@ def _check(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torc
         )
     if head_dim % 2:
         raise KernelError(f"rope of head size {head_dim}: halves are turned; use an even head size")
-    if k is not None and (k.shape[0], k.shape[1], k.shape[3]) != wanted:
+    if (k.shape[0], k.shape[1], k.shape[3]) != wanted:
         raise KernelError(f"rope of q {list(q.shape)} and k {list(k.shape)}: only the number of heads may differ")
 
 
@@ -200,35 +199,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(cos, sin)
 
 
-def _rope_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return rotate(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
-
-
-def _pair_backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *rotate_pair(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
+def _backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return *rotate(grad_q, grad_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
 rotate = operator(
-    "rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
-    lambda x, cos, sin, inverse: launch(x, None, cos, sin, inverse)[0],
-    lambda x, cos, sin, inverse: empty_dense(x),
-    backward=_rope_backward,
-    setup_context=_setup_context,
-)
-rotate_pair = operator(
-    "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     launch,
     lambda q, k, cos, sin, inverse: (empty_dense(q), empty_dense(k)),
-    backward=_pair_backward,
+    backward=_backward,
     setup_context=_setup_context,
 )
 
 
-def rope(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> torch.Tensor:
-    """Return a new tensor with the pairs (i, i + D / 2) of every head turned by the angle of the token's position.
+def rope(
+    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return new tensors with the pairs (i, i + D / 2) of every head turned by the angle of the token's position.
 
     Args:
-        x_BTHD: queries or keys; a view whose last dim is contiguous is read in place.
+        q_BTHD: queries; a view whose last dim is contiguous is read in place.
+        k_BTKD: keys, likewise.
         cos_BTD: float32 cosines, both halves alike, of which the first is read; not differentiated.
         sin_BTD: float32 sines, likewise.
 
@@ -237,14 +228,7 @@ def rope(x_BTHD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor) -> 
 
     Source: arXiv 2104.09864.
     """
-    return rotate(x_BTHD, cos_BTD, sin_BTD, False)
-
-
-def rope_qk(
-    q_BTHD: torch.Tensor, k_BTKD: torch.Tensor, cos_BTD: torch.Tensor, sin_BTD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `rope` of queries and of keys, in one launch."""
-    return rotate_pair(q_BTHD, k_BTKD, cos_BTD, sin_BTD, False)
+    return rotate(q_BTHD, k_BTKD, cos_BTD, sin_BTD, False)
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:

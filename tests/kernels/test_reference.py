@@ -108,7 +108,7 @@ def test_rope_turns_pairs_and_keeps_relative_positions():
     cos, sin = rotary_angles(positions, 8, 100.0, None)
     x = torch.randn(1, 1, 1, 8).expand(1, 6, 1, 8)
     y = torch.randn(1, 1, 1, 8).expand(1, 6, 1, 8)
-    turned_x, turned_y = rope.reference(x, cos, sin)[0, :, 0], rope.reference(y, cos, sin)[0, :, 0]
+    turned_x, turned_y = (turned[0, :, 0] for turned in rope.reference(x, y, cos, sin))
     torch.testing.assert_close(turned_x[0], x[0, 0, 0])
     torch.testing.assert_close(turned_x.norm(dim=-1), x[0, :, 0].norm(dim=-1))
     torch.testing.assert_close(turned_x[0] @ turned_y[2], turned_x[3] @ turned_y[5], atol=1e-5, rtol=1e-5)

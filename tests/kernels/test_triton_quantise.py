@@ -51,7 +51,7 @@ def case(lengths=LENGTHS, heads=3, kv_heads=1, dim=64, dtype=torch.float16):
 
 
 def rotated(x, angles):
-    return reference(x[None], *(angle[None] for angle in angles))[0]
+    return reference(x[None], x[None], *(angle[None] for angle in angles))[0][0]
 
 
 def order_of_columns(dim):

@@ -163,7 +163,7 @@ def test_what_other_packages_compute_is_what_we_compute(case, monkeypatch):
     assert compared
 
 
-OWN = ("layer_norm", "residual_rms_norm", "residual_layer_norm", "rope_qk", "geglu", "cross_entropy")
+OWN = ("layer_norm", "residual_rms_norm", "residual_layer_norm", "geglu", "cross_entropy")
 
 
 @pytest.mark.parametrize("case", [c for c in cases(small=True) if c.op.name in OWN], ids=lambda case: case.op.name)

@@ -167,7 +167,7 @@ def test_each_op_runs_again_once_or_not_at_all(ops):
     calls = count_calls(layers)
     recompute(layers, selective(*ops))
     norms = ("attention_norm", "feed_forward_norm")
-    once = dict.fromkeys((*norms, *ALL[2:]), 3) | {"rope": 6}
+    once = dict.fromkeys((*norms, *ALL[1:]), 3)
     loss = loss_of(forward(layers, make_input()))
     assert calls == once
     loss.backward()
@@ -235,7 +235,7 @@ def test_nothing_is_left_after_backward():
     gc.disable()  # what would need the collector is a leak
     try:
         loss = loss_of(forward(layers, make_input()))
-        assert results_of_recipes() == (20, 0)  # a layer's norms, q, k, v, both rotations, gate, up, swiglu
+        assert results_of_recipes() == (18, 0)  # a layer's norms, q, k, v, rope, gate, up, swiglu
         loss.backward()
         assert [ref() for ref in watched] == [None] * 12
         assert results_of_recipes() == (0, 0)
