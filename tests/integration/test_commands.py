@@ -61,16 +61,18 @@ def test_torchrun_killed_whole_leaves_no_orphan_and_goes_on(tmp_path, corpus):
         str(TRAIN),
         *overrides,
     ]
-    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    deadline = time.monotonic() + 90
+    log = tmp_path.with_suffix(".log")
+    with log.open("wb") as sink:
+        process = subprocess.Popen(line, cwd=ROOT, stderr=sink, start_new_session=True)
+    deadline = time.monotonic() + 180
     while not (tmp_path / "checkpoints" / "step_00000010" / "manifest.safetensors").exists():
-        assert time.monotonic() < deadline and process.poll() is None
+        assert time.monotonic() < deadline and process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 15
-    while subprocess.run(["pgrep", "-f", f"run.folder={tmp_path}"], capture_output=True).stdout:
-        assert time.monotonic() < deadline, "workers outlive torchrun"
+    deadline = time.monotonic() + 60
+    while alive := subprocess.run(["pgrep", "-af", f"run.folder={tmp_path}"], capture_output=True, text=True).stdout:
+        assert time.monotonic() < deadline, f"workers outlive torchrun: {alive}"
         time.sleep(0.1)
     reached = max(records(tmp_path))
     done = command(*overrides, f"train.num_steps={reached + 10}", processes=2)
