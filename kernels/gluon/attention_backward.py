@@ -43,6 +43,7 @@ from shardwright.kernels.gluon.hopper import (
     aggregate,
     barriers,
     describable,
+    heads_together,
     load,
     meet,
     place,
@@ -94,7 +95,9 @@ def backward(
     rows, sums, counter = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
     dkv = torch.empty((2 * tokens, kv_heads, dim), dtype=k.dtype, device=k.device)
     dq = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    together = _together(kv_heads, heads * dim, documents)
+    item_bytes = 2 + 2 + 4  # of queries, gradients of the output, sums; programs go through a group's heads in step
+    head_bytes = item_bytes * min(documents.longest, tokens) * dim
+    together = heads_together(kv_heads, head_bytes, _CACHED_BYTES)
     launch_kernel(
         _key_kernel,
         (min(len(tiles) * kv_heads, processors(q.device)),),
@@ -103,13 +106,6 @@ def backward(
     )
     convert(sums, tiles, dq, scores.scale)
     return dq, dkv[:tokens], dkv[tokens:]
-
-
-def _together(kv_heads: int, width: int, documents: Documents) -> int:
-    """Return the programs of how many key heads run at a time: longest tiles first, yet what they read stays cached."""
-    item_bytes = 2 + 2 + 4  # of queries, gradients of the output, sums
-    head_bytes = item_bytes * min(documents.longest, documents.tokens) * width // kv_heads
-    return max(1, min(kv_heads, _CACHED_BYTES // max(1, head_bytes)))
 
 
 def _arguments(

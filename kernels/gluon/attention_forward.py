@@ -18,7 +18,6 @@ Source: arXiv 2407.08608.
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ from shardwright.kernels.gluon.hopper import (
     barriers,
     describable,
     head_of,
+    heads_together,
     load,
     longest_first,
     meet,
@@ -69,7 +69,7 @@ def _config(consumers: int, stages: int, turns: int) -> Config:
 
 CONFIGS = {128: (_config(2, 2, 0), _config(2, 2, 1)), 64: (_config(3, 3, 1),)}
 _REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
-_CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
+CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
 
 
 def forward(
@@ -117,18 +117,12 @@ def _arguments(
 ) -> tuple[Any, ...]:
     (q, k, v), (tokens, heads, dim) = inputs, inputs[0].shape
     kv_heads, keys, num_tiles = k.shape[1], config.blocks["BLOCK_N"], len(tiles)
-    chunk = heads_together(kv_heads, 2 * k.element_size() * dim * tokens) * heads // kv_heads
+    chunk = heads_together(kv_heads, 2 * k.element_size() * dim * tokens, CACHED_BYTES) * heads // kv_heads
     # Tiles of unlike length are dealt out evenly chunk by chunk, others all at once.
     stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
     sizes = (num_tiles, tokens, heads, heads // kv_heads, chunk, stretch, scores.window or 0)
     descriptors = (ragged(q, ROWS.value), ragged(k, keys), ragged(v, keys), ragged(out, ROWS.value))
     return *descriptors, lse, tiles, *sizes, math.log2(math.e) * scores.scale
-
-
-@lru_cache
-def heads_together(kv_heads: int, head_bytes: int) -> int:
-    """Return how many key heads programs go through together: those that stay cached, of a number that divides all."""
-    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= _CACHED_BYTES))
 
 
 def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shardwright.kernels.gluon.attention_forward import (
+    CACHED_BYTES,
     LN2,
     LOWEST,
     ROWS,
@@ -42,7 +43,6 @@ from shardwright.kernels.gluon.attention_forward import (
     await_room,
     await_turn,
     blocks_of,
-    heads_together,
     is_edge,
     mask_scores,
     pass_turn,
@@ -57,6 +57,7 @@ from shardwright.kernels.gluon.hopper import (
     aggregate,
     barriers,
     head_of,
+    heads_together,
     load,
     longest_first,
     processors,
@@ -134,7 +135,7 @@ def _arguments(
 ) -> tuple[Any, ...]:
     tokens, heads, dim = out.shape
     kv_heads, num_tiles = quantised.k_values.shape[1], len(tiles)
-    chunk = heads_together(kv_heads, 2 * dim * tokens) * heads // kv_heads
+    chunk = heads_together(kv_heads, 2 * dim * tokens, CACHED_BYTES) * heads // kv_heads
     stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
     descriptors = (
         _dense(quantised.q_values, ROWS.value),

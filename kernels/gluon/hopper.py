@@ -12,7 +12,7 @@ coordinate is moved forward so that the document's end meets the bound.
 # No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -90,6 +90,12 @@ def describable(x_PHD: torch.Tensor) -> torch.Tensor:
 def processors(device: torch.device) -> int:
     """Return how many multiprocessors a GPU has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def heads_together(kv_heads: int, head_bytes: int, cached_bytes: int) -> int:
+    """Return how many key heads programs go through together: what they read stays cached, and it divides the heads."""
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= cached_bytes))
 
 
 def ragged(x_PHD: torch.Tensor, rows: int) -> TensorDescriptor:
