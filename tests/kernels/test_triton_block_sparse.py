@@ -204,8 +204,13 @@ def assert_close(ours, theirs, truth, which):
 CASES = [(100, True), (None, False)]
 
 
+def first_and_slow(configs):
+    """All tiles are tried without lists in every run; with lists, each night."""
+    return [configs[0], *(pytest.param(config, marks=pytest.mark.slow) for config in configs[1:])]
+
+
 @pytest.mark.parametrize("kind", CASES, ids=str)
-@pytest.mark.parametrize("config", forward.CONFIGS, ids=forward.describe)
+@pytest.mark.parametrize("config", first_and_slow(forward.CONFIGS), ids=forward.describe)
 def test_every_forward_configuration(config, kind):
     inputs, _, _, _, documents, scores, theirs, truth = case(*kind)
     out, lse = forward.forward(*inputs, documents, scores, config)
@@ -213,7 +218,7 @@ def test_every_forward_configuration(config, kind):
 
 
 @pytest.mark.parametrize("kind", CASES, ids=str)
-@pytest.mark.parametrize("config", backward.QUERY_CONFIGS, ids=forward.describe)
+@pytest.mark.parametrize("config", first_and_slow(backward.QUERY_CONFIGS), ids=forward.describe)
 def test_every_configuration_of_the_queries_gradients(config, kind):
     inputs, outputs, gradients, _, documents, scores, theirs, truth = case(*kind)
     dq, _ = backward.backward_queries(inputs, outputs, gradients, documents, scores, config)
@@ -221,7 +226,7 @@ def test_every_configuration_of_the_queries_gradients(config, kind):
 
 
 @pytest.mark.parametrize("kind", CASES, ids=str)
-@pytest.mark.parametrize("config", backward.KEY_CONFIGS, ids=forward.describe)
+@pytest.mark.parametrize("config", first_and_slow(backward.KEY_CONFIGS), ids=forward.describe)
 def test_every_configuration_of_the_keys_gradients(config, kind):
     inputs, outputs, gradients, delta, documents, scores, theirs, truth = case(*kind)
     found = backward.backward_keys(inputs, gradients[0], outputs[1], delta, documents, scores, config)
