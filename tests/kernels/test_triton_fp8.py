@@ -3,12 +3,9 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
-from triton.runtime import interpreter
 
 from shardwright.kernels import Kernels, linear, op
 from shardwright.kernels.op import KernelError, Situation
@@ -23,6 +20,8 @@ STEP = 2**-10 / fp8.LARGEST  # of values near zero, relative to the largest that
 SUM = 2**-8 if DEVICE == "cuda" else 2**-22  # of tensor cores, which add 32 products with 13 bits below the largest
 RECIPES = {"rowwise": linear.fp8_rowwise, "blockwise": linear.fp8_blockwise}
 SCALINGS = ("rows", "lines", "squares")
+pytest_plugins = ["support_fp8"]
+pytestmark = pytest.mark.usefixtures("casts_as_on_a_gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -35,21 +34,6 @@ def products_as_on_a_gpu(monkeypatch):
 
     if DEVICE == "cpu" and torch.__version__ < (2, 13):
         monkeypatch.setattr(torch, "_scaled_mm", multiply)
-
-
-@pytest.fixture(autouse=True)
-def casts_as_on_a_gpu(monkeypatch):
-    """On its own, the interpreter truncates to e4m3, and knows no NaN there."""
-    plain = interpreter._convert_float
-
-    def convert(data, source, target, rounding):
-        if target == tl.float8e4nv:
-            return torch.tensor(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        if source == tl.float8e4nv:
-            return torch.tensor(data).view(torch.float8_e4m3fn).half().numpy().view(np.uint16)
-        return plain(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def random(*shape, dtype=torch.float32, spread=0.0):

@@ -2,12 +2,9 @@
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from support_attention import bounds_of
-from triton.runtime import interpreter
 
 from shardwright.kernels.op import KernelError
 from shardwright.kernels.rope import reference
@@ -21,22 +18,11 @@ FP8 = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 DTYPES = [torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 LENGTHS = (1, 130, 0, 128, 30)
 HALF_STEP = 2.0**-4  # of e4m3, relative to a value
-pytestmark = pytest.mark.skipif(not FP8, reason="needs a GPU that has FP8")
-
-
-@pytest.fixture(autouse=True)
-def casts_as_on_a_gpu(monkeypatch):
-    """On its own, the interpreter truncates to e4m3, and knows no NaN there."""
-    plain = interpreter._convert_float
-
-    def convert(data, source, target, rounding):
-        if target == tl.float8e4nv:
-            return torch.tensor(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-        if source == tl.float8e4nv:
-            return torch.tensor(data).view(torch.float8_e4m3fn).half().numpy().view(np.uint16)
-        return plain(data, source, target, rounding)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
+pytest_plugins = ["support_fp8"]
+pytestmark = [
+    pytest.mark.skipif(not FP8, reason="needs a GPU that has FP8"),
+    pytest.mark.usefixtures("casts_as_on_a_gpu"),
+]
 
 
 def case(lengths=LENGTHS, heads=3, kv_heads=1, dim=64, dtype=torch.float16):
