@@ -68,12 +68,21 @@ def ready(
         yield direction, found[direction]
 
 
-def measure(case: Case, stopwatch: Stopwatch, tables: Tables | None) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one case: implementation, direction, timing, or why there is none."""
+def measure(case: Case, names: str, stopwatch: Stopwatch, tables: Tables | None) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one case: implementation, direction, timing, or why there is none.
+
+    Args:
+        case: what to measure.
+        names: a regular expression for implementations.
+        stopwatch: measures.
+        tables: of what is fastest, or None if nothing is to be tuned.
+    """
     device = stopwatch.device
     situation = Situation(device=device.type, dtype=case.dtype, sizes=case.sizes)
     functions: dict[str, dict[str, Callable[[], object]]] = {direction: {} for direction in case.work}
     for name, load in case.implementations(situation).items():
+        if not re.search(names, name):
+            continue
         try:
             for direction, function in ready(case, load(), stopwatch, tables):
                 functions[direction][name] = function
@@ -98,16 +107,17 @@ def reason(error: Exception) -> str:
     return f"{kind}: {text}"[:120] if text else kind
 
 
-def compile_ahead(labels: list[str], device: torch.device, processes: int, *, tuned: bool) -> None:
+def compile_ahead(chosen: list[Case], args: argparse.Namespace, device: torch.device) -> None:
     """Run the cases once each, several at a time, so that compilers will find on disk what they take long for."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        wait([pool.submit(_run_once, label, device, tuned=tuned) for label in labels])  # failures show when it counts
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        # Failures show when it counts.
+        wait([pool.submit(_run_once, case.label, args.implementations, device, args.write_table) for case in chosen])
 
 
-def _run_once(label: str, device: torch.device, *, tuned: bool) -> None:
+def _run_once(label: str, names: str, device: torch.device, tuned: bool) -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # there are processes enough
     case = next(case for case in cases(small=device.type != "cuda") if case.label == label)
-    for _ in measure(case, Stopwatch(device, 1), Tables(gpu_name(device)) if tuned else None):
+    for _ in measure(case, names, Stopwatch(device, 1), Tables(gpu_name(device)) if tuned else None):
         pass
     _tidy(device)
 
@@ -144,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure every op beside its other implementations.")
     parser.add_argument("output", type=Path, help="page to write, PAGE.md; raw figures go to PAGE.json, and PAGE-*.png")
     parser.add_argument("--only", default="", help="regular expression that a case's label must match")
+    parser.add_argument("--implementations", default="", help="the same for the names of implementations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu: tiny cases")
     parser.add_argument("--calls", type=int, default=50, help="timed calls of each implementation")
     parser.add_argument("--write-table", action="store_true", help="keep what is fastest for this kind of GPU")
@@ -155,7 +166,7 @@ def main() -> None:
     if not chosen:
         parser.error(f"--only {args.only} matches no case")
     if args.processes:
-        compile_ahead([case.label for case in chosen], device, args.processes, tuned=args.write_table)
+        compile_ahead(chosen, args, device)
     run(chosen, args, device)
 
 
@@ -166,7 +177,7 @@ def run(chosen: list[Case], args: argparse.Namespace, device: torch.device) -> N
     for case in chosen:
         place = {"op": case.op.name, "family": case.family, "length": case.length, "sizes": dict(case.sizes)}
         lossy = {candidate.name for candidate in case.op.candidates if candidate.lossy}
-        for row in measure(case, stopwatch, tables):
+        for row in measure(case, args.implementations, stopwatch, tables):
             rows.append(row | place | {"peer": row["name"] in case.peers, "lossy": row["name"] in lossy})
             print(json.dumps(rows[-1]), flush=True)
         _tidy(device)

@@ -43,7 +43,10 @@ class Tables:
             self._table["configs"].setdefault(choice.kernel, {})[choice.key] = choice.config.arguments
 
     def rank(self, rows: list[dict[str, Any]]) -> None:
-        """Put the implementations of every op in order: by the mean of their time relative to the best of each row."""
+        """Put the implementations of every op in order: by the mean of their time relative to the best of each row.
+
+        Those that were not measured stay in their former order, after the others.
+        """
         for op in {row["op"] for row in rows} & {field.name for field in fields(Kernels)}:
             ratios: Mapping[str, list[float]] = defaultdict(list)
             timed = [row for row in rows if row["op"] == op and "ms" in row and not row["peer"]]
@@ -51,7 +54,9 @@ class Tables:
                 same = {r["name"]: r["ms"]["median"] for r in timed if (r["case"], r["direction"]) == case}
                 for name, milliseconds in same.items():
                     ratios[name].append(milliseconds / min(same.values()))
-            self._table["order"][op] = sorted(ratios, key=lambda name: geometric_mean(ratios[name]))
+            order = sorted(ratios, key=lambda name: geometric_mean(ratios[name]))
+            former = self._table["order"].get(op, [])
+            self._table["order"][op] = order + [name for name in former if name not in ratios]
 
     def write(self) -> None:
         """Write the file."""

@@ -4,9 +4,9 @@ A program is one warp that loads and two warpgroups with 64 keys each. All score
 weights and their gradients are operands from registers where the gradients of values and keys are summed. For the
 gradients of queries both warpgroups write theirs to shared memory and then multiply all 128 keys, each for its half of
 the result, which the memory adds to sums in float32. The order of these additions is not fixed: gradients of queries
-may differ in their last bits from run to run, those of keys and values do not. A warpgroup starts the scores of its
-next block of queries before this one ends: the tensor cores have work while it adds, exponentiates and stores.
-Programs are persistent and take what comes next from a counter; the warp that loads is ahead of the others.
+may differ in their last bits from run to run, those of keys and values do not. They do so one block of queries later:
+so the warpgroups need not meet in each, but drift apart, and one multiplies while the other exponentiates. Also, each
+starts the scores of its next block before this one ends.
 
 What comes before and after is in `attention_sums`.
 
@@ -36,28 +36,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from shardwright.kernels.gluon.attention_sums import TILE, add_to_sums, convert, prepare
-from shardwright.kernels.gluon.attention_units import Job, Posts, no_posts, post, receive, take, work_of
+from shardwright.kernels.gluon.attention_units import Job, work_of
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
     advance,
     aggregate,
     barriers,
     describable,
-    heads_together,
     load,
     meet,
+    pass_by,
     place,
     processors,
     ragged,
     store,
 )
+from shardwright.kernels.gluon.units import Posts, Queue, heads_together, no_posts, post, receive, reserve, unit_of
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import Address, kept, launch_kernel
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 STAGES = gl.constexpr(3)  # blocks of queries in shared memory: worked on, next, and on its way
-BOTH = gl.constexpr(9)  # number of the barrier of both warpgroups; those up to 8 are Triton's
+FIRST = gl.constexpr(9)  # number of the first of four barriers of both warpgroups; those up to 8 are Triton's
 HALF = gl.constexpr(64)  # rows, and columns, of the part of the queries' gradients that a warpgroup makes
 _CACHED_BYTES = 32 * 2**20  # what programs that run together should share in the second-level cache
 
@@ -67,7 +68,7 @@ def _config(block_m: int, early: int) -> Config:
     return Config(blocks={"BLOCK_M": block_m, "EARLY": early}, num_warps=4, num_stages=1)
 
 
-CONFIGS = {128: (_config(64, 1), _config(64, 0)), 64: (_config(128, 0), _config(128, 1))}
+CONFIGS = {128: (_config(64, 1),), 64: (_config(128, 0),)}
 
 
 def backward(
@@ -173,9 +174,9 @@ def _load_pair(desc, bar, buffer, row, end, column):
 def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
     """Load the keys and values of units, and one block of queries after the other, as soon as there is room."""
     number, stage, phase = 0, 0, 0
-    unit = take(job)
+    unit = unit_of(job.queue, reserve(job.queue))
     post(shared.posts, 0, unit)
-    while unit < job.num_tiles * job.kv_heads:
+    while unit.begin < unit.end:
         work = work_of(job, unit)
         column = work.kv_head * work.DIM
         waiting = True
@@ -195,8 +196,8 @@ def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
                 waiting = False
                 stage, phase = advance(stage, phase, STAGES)
         number += 1
-        unit = take(job)
-        # The unit before this one is done with: so its number has been read, and may give way.
+        unit = unit_of(job.queue, reserve(job.queue))
+        # The unit before this one is done with: so it has been received, and may give way.
         post(shared.posts, number, unit)
 
 
@@ -238,8 +239,20 @@ def _start_scores(shared, work, stage, phase, zero, exists, CONSUMER: gl.constex
 
 
 @gluon.jit
+def _await_other(step, CONSUMER: gl.constexpr):
+    """Wait until the other warpgroup has ended the step before: it has written its dscores, and read those before."""
+    meet(FIRST + 3 - CONSUMER - step, 256)
+
+
+@gluon.jit
+def _end_step(step, CONSUMER: gl.constexpr):
+    """Tell the other warpgroup that this one has ended a step."""
+    pass_by(FIRST + CONSUMER + step, 256)
+
+
+@gluon.jit
 def _query_gradients(shared, work, turn, zero, CONSUMER: gl.constexpr):
-    """Start the product of all dscores with all keys, for this warpgroup's half of rows or of columns."""
+    """Start the product of all dscores of a block with all keys, for this warpgroup's half of rows or of columns."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     total = gl.zeros([HALF, HALF], gl.float32, LAYOUT)
     for i in gl.static_range(2):
@@ -254,8 +267,8 @@ def _query_gradients(shared, work, turn, zero, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _add(dk, dv, scores, turn, stage, phase, more, shared, work, sums, at, row, factor, CONSUMER: gl.constexpr):  # noqa: PLR0913
-    """Add what a block of queries gives to the gradients of 64 keys and values, and theirs.
+def _add(dk, dv, scores, turn, step, stage, phase, more, shared, work, sums, at, row, factor, CONSUMER: gl.constexpr):  # noqa: PLR0913
+    """Add what a block of queries gives to the gradients of 64 keys and values, and what the one before it is given.
 
     Returns:
         The gradients of keys and values, and the scores of the next block, if there is one.
@@ -287,21 +300,23 @@ def _add(dk, dv, scores, turn, stage, phase, more, shared, work, sums, at, row, 
     if not work.EARLY:
         weights_operand = gl.convert_layout(weights.to(dtype), OPERAND, assert_trivial=True)
         dv = warpgroup_mma(weights_operand, dout, dv, is_async=True)
+    _await_other(step, CONSUMER)
     shared.dscores.index((turn & 1) * 2 + CONSUMER).store(dscores)
     fence_async_shared()
-    meet(BOTH, 256)
 
-    dq = _query_gradients(shared, work, turn, zero, CONSUMER)
+    dq = _query_gradients(shared, work, turn + 1, zero, CONSUMER)  # of the block before: the other's are there
     dscores_operand = gl.convert_layout(dscores, OPERAND, assert_trivial=True)
     dk = warpgroup_mma(dscores_operand, q, dk, is_async=True)
     dv, weights_operand = warpgroup_mma_wait(3, deps=[dv, weights_operand])  # all but dq, two products, and dk
     stage_after, phase_after = advance(stage, phase, STAGES)
     scores = _start_scores(shared, work, stage_after, phase_after, zero, more, CONSUMER)
     dq = warpgroup_mma_wait(2, deps=[dq])
-    add_to_sums(sums + (row.to(gl.int64) * work.DIM + CONSUMER * HALF * HALF), dq)
+    if turn > 0:
+        add_to_sums(sums + (row.to(gl.int64) * work.DIM + CONSUMER * HALF * HALF), dq)
     # None goes on into the next round: ptxas lets no products overlap if one that does reads or makes registers there.
     dk, dscores_operand, scores = warpgroup_mma_wait(0, deps=[dk, dscores_operand, scores])
     mbarrier.arrive(shared.empty.index(stage))
+    _end_step(step, CONSUMER)
     return dk, dv, scores, stage_after, phase_after
 
 
@@ -311,9 +326,10 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, job.DIM, 16])
     dtype: gl.constexpr = shared.q.dtype
     out = shared.out.index(CONSUMER)
-    number, stage, phase = 0, 0, 0
+    number, stage, phase, step = 0, 0, 0, 0
+    _end_step(2, CONSUMER)
     unit = receive(shared.posts, 0)
-    while unit < job.num_tiles * job.kv_heads:
+    while unit.begin < unit.end:
         work = work_of(job, unit)
         dk = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
         dv = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
@@ -325,16 +341,25 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
         scores = _start_scores(shared, work, stage, phase, count >> 30, True, CONSUMER)
         mbarrier.wait(shared.v_full.index(0), number & 1)
         scores = warpgroup_mma_wait(0, deps=[scores])
+        last = row  # of the block before
         for turn in range(count):
             dk, dv, scores, stage, phase = _add(
-                *(dk, dv, scores, turn, stage, phase, turn + 1 < count, shared, work, sums, at, row + at, factor),
+                *(dk, dv, scores, turn, step, stage, phase, turn + 1 < count, shared, work, sums, at, last, factor),
                 CONSUMER,
             )
+            last = row + at
+            step ^= 2
             at += work.BLOCK_M
             done = at >= work.last
             at = gl.where(done, work.first, at)
             row += gl.where(done, work.stride, 0)
+        _await_other(step, CONSUMER)
+        dq = _query_gradients(shared, work, count + 1, count >> 30, CONSUMER)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        _end_step(step, CONSUMER)
+        step ^= 2
         mbarrier.arrive(shared.kv_empty.index(0))
+        add_to_sums(sums + (last.to(gl.int64) * work.DIM + CONSUMER * HALF * HALF), dq)
         begin = work.begin + CONSUMER * ROWS
         tma.store_wait(0)  # of the unit before
         out.reshape([ROWS, work.DIM]).store(dv.to(dtype))
@@ -347,6 +372,7 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
         store(dkv_desc, place(begin, work.end, work.kv_head * work.DIM), out)
         number += 1
         unit = receive(shared.posts, number)
+    _await_other(step, CONSUMER)  # no arrival is left over
     tma.store_wait(0)
 
 
@@ -388,7 +414,8 @@ def _key_kernel(  # noqa: PLR0913
         *(barriers(1, 1), barriers(1, 1), barriers(1, 2)),
         *(barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), no_posts()),
     )
-    job = Job(counter, tiles, num_tiles, kv_heads, group, together, window, DIM, BLOCK_M, CAUSAL, WINDOWED, EARLY)
+    queue = Queue(counter, tiles, num_tiles, kv_heads, together)
+    job = Job(queue, group, window, DIM, BLOCK_M, CAUSAL, WINDOWED, EARLY)
     fence_async_shared()
     gl.warp_specialize(
         [

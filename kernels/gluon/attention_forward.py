@@ -33,23 +33,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
-    Units,
     advance,
     aggregate,
     barriers,
     describable,
-    head_of,
-    heads_together,
     load,
-    longest_first,
     meet,
     pass_by,
     place,
     processors,
     ragged,
-    rounds,
     store,
-    tile,
+)
+from shardwright.kernels.gluon.units import (
+    HEADER,
+    Posts,
+    Queue,
+    heads_together,
+    longest_first,
+    no_posts,
+    post,
+    receive,
+    reserve,
+    unit_of,
 )
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
@@ -67,7 +73,7 @@ def _config(consumers: int, stages: int, turns: int) -> Config:
     return Config(blocks=blocks, num_warps=4, num_stages=1)
 
 
-CONFIGS = {128: (_config(2, 2, 0), _config(2, 2, 1)), 64: (_config(3, 3, 1),)}
+CONFIGS = {128: (_config(2, 2, 0),), 64: (_config(3, 3, 1),)}
 _REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
 CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
 
@@ -96,12 +102,11 @@ def forward(
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, tokens), dtype=torch.float32, device=q.device)
     block = ROWS.value * config.blocks["CONSUMERS"]
-    tiles = longest_first(documents, block, scores.causal)
-    grid = min(len(tiles) * heads, processors(q.device))
+    table, num_tiles = longest_first(documents, block, scores.causal)
     launch_kernel(
         _forward_kernel,
-        (grid,),
-        *_arguments((q, k, v), out, lse, tiles, scores, config),
+        (min(num_tiles * heads, processors(q.device)),),
+        *_arguments((q, k, v), out, lse, (table, num_tiles), scores, config),
         **_options(dim, scores, config),
     )
     return out, lse
@@ -111,18 +116,17 @@ def _arguments(
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     lse: torch.Tensor,
-    tiles: torch.Tensor,
+    tiles: tuple[torch.Tensor, int],
     scores: Scores,
     config: Config,
 ) -> tuple[Any, ...]:
     (q, k, v), (tokens, heads, dim) = inputs, inputs[0].shape
-    kv_heads, keys, num_tiles = k.shape[1], config.blocks["BLOCK_N"], len(tiles)
-    chunk = heads_together(kv_heads, 2 * k.element_size() * dim * tokens, CACHED_BYTES) * heads // kv_heads
-    # Tiles of unlike length are dealt out evenly chunk by chunk, others all at once.
-    stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
-    sizes = (num_tiles, tokens, heads, heads // kv_heads, chunk, stretch, scores.window or 0)
+    (kv_heads, keys), (table, num_tiles) = (k.shape[1], config.blocks["BLOCK_N"]), tiles
+    group = heads // kv_heads
+    together = heads_together(kv_heads, 2 * k.element_size() * dim * tokens, CACHED_BYTES) * group
     descriptors = (ragged(q, ROWS.value), ragged(k, keys), ragged(v, keys), ragged(out, ROWS.value))
-    return *descriptors, lse, tiles, *sizes, math.log2(math.e) * scores.scale
+    sizes = (num_tiles, tokens, heads, group, together, scores.window or 0)
+    return *descriptors, lse, table, *sizes, math.log2(math.e) * scores.scale
 
 
 def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
@@ -152,13 +156,14 @@ class Shared:
     q_empty: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
+    posts: Posts
 
 
 @aggregate
 class Work:
     """What is to be done."""
 
-    units: Units
+    queue: Queue
     group: gl.tensor
     window: gl.tensor
     DIM: gl.constexpr
@@ -187,6 +192,20 @@ def release(work, slot, VALUES: gl.constexpr):
 def await_room(work, slot, VALUES: gl.constexpr):
     """Wait until all warpgroups are through with the keys, or values, of a slot."""
     meet(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
+
+
+@gluon.jit
+def release_all(work):
+    """Release all slots, as nobody has used them yet."""
+    for i in gl.static_range(2 * work.STAGES):
+        release(work, i, 0)
+
+
+@gluon.jit
+def await_all_room(work):
+    """Wait until all warpgroups are through with everything, so that no arrival is left over."""
+    for i in gl.static_range(2 * work.STAGES):
+        await_room(work, i, 0)
 
 
 @gluon.jit
@@ -239,34 +258,35 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
     STAGES: gl.constexpr = work.STAGES
     slot = 0
     phase = 0
-    turn = 0
-    each, steps = rounds(work.units)
-    for step in range(steps):
-        begin, start, end = tile(work.units, step, each, steps)
-        if begin < end:
-            head = head_of(work.units, step, each)
-            last, count, _, _ = blocks_of(work, begin, start, end)
-            column = head // work.group * work.DIM
-            row = start + last * work.BLOCK_N
-            for i in gl.static_range(work.CONSUMERS):
-                mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
-                _load_tile(q_desc, shared.q_full, i, shared.q, begin + i * ROWS, end, head * work.DIM)
-            turn = turn ^ 1
-            await_room(work, slot, 0)
-            _load_tile(k_desc, shared.k_full, slot, shared.k, row, end, column)
-            for _ in range(1, count):
-                next_slot, next_phase = advance(slot, phase, STAGES)
-                await_room(work, next_slot, 0)
-                _load_tile(k_desc, shared.k_full, next_slot, shared.k, row - work.BLOCK_N, end, column)
-                await_room(work, slot, 1)
-                _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
-                slot, phase = next_slot, next_phase
-                row -= work.BLOCK_N
+    number = 0
+    unit = unit_of(work.queue, reserve(work.queue))
+    post(shared.posts, 0, unit)
+    while unit.begin < unit.end:
+        head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
+        last, count, _, _ = blocks_of(work, begin, start, end)
+        column = head // work.group * work.DIM
+        row = start + last * work.BLOCK_N
+        for i in gl.static_range(work.CONSUMERS):
+            mbarrier.wait(shared.q_empty.index(i), number & 1 ^ 1)
+            _load_tile(q_desc, shared.q_full, i, shared.q, begin + i * ROWS, end, head * work.DIM)
+        await_room(work, slot, 0)
+        _load_tile(k_desc, shared.k_full, slot, shared.k, row, end, column)
+        for _ in range(1, count):
+            next_slot, next_phase = advance(slot, phase, STAGES)
+            await_room(work, next_slot, 0)
+            _load_tile(k_desc, shared.k_full, next_slot, shared.k, row - work.BLOCK_N, end, column)
             await_room(work, slot, 1)
             _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
-            slot, phase = advance(slot, phase, STAGES)
-    for number in gl.static_range(2 * STAGES):  # no arrival is left over
-        await_room(work, number, 0)
+            slot, phase = next_slot, next_phase
+            row -= work.BLOCK_N
+        unit = unit_of(work.queue, reserve(work.queue))  # no earlier: all might wait at the end for one taken early
+        await_room(work, slot, 1)
+        _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
+        slot, phase = advance(slot, phase, STAGES)
+        number += 1
+        # The queries of the unit before this one have been read: so it has been received, and may give way.
+        post(shared.posts, number, unit)
+    await_all_room(work)
 
 
 @gluon.jit
@@ -347,91 +367,86 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
     q = shared.q.index(CONSUMER).reshape([ROWS, work.DIM])
     slot = 0
     phase = 0
-    turn = 0
-    each, steps = rounds(work.units)
-    begin, start, end = tile(work.units, 0, each, steps)
-    for number in gl.static_range(2 * work.STAGES):
-        release(work, number, 0)
+    number = 0
+    release_all(work)
     if CONSUMER == work.CONSUMERS - 1:
         pass_turn(work, CONSUMER)
-    for step in range(steps):
-        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
-        if begin < end:
-            block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
-            row = begin + CONSUMER * ROWS
-            ahead = (row if work.CAUSAL else end) - start - block * work.BLOCK_N
-            mbarrier.wait(shared.q_full.index(CONSUMER), turn)
-            mbarrier.wait(shared.k_full.index(slot), phase)
-            k = shared.k.index(slot).reshape([work.BLOCK_N, work.DIM])
-            nothing = gl.zeros([ROWS, work.BLOCK_N], gl.float32, SCORES)
-            scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            release(work, slot, 0)
-            scores = mask_scores(scores.reshape(GROUPS), work, ahead)
-            top = gl.maximum(gl.max(gl.max(scores, 1), 1) * factor, LOWEST)
-            weights, total = _exponentiate(scores, top, factor)
-            weights = _operand(weights, work, dtype, OPERAND)
-            acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
-            for i in range(1, count):
-                ahead += work.BLOCK_N
-                k_slot, k_phase = advance(slot, phase, work.STAGES)
-                k = shared.k.index(k_slot).reshape([work.BLOCK_N, work.DIM])
-                v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
-                mbarrier.wait(shared.k_full.index(k_slot), k_phase)
-                await_turn(work, CONSUMER)
-                scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                mbarrier.wait(shared.v_full.index(slot), phase)
-                acc = warpgroup_mma(weights, v, acc, is_async=True)
-                pass_turn(work, CONSUMER)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                release(work, k_slot, 0)
-                scores = scores.reshape(GROUPS)
-                if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
-                    if is_edge(work, i, bare_first, bare_last):
-                        scores = mask_scores(scores, work, ahead)
-                higher = gl.maximum(top, gl.max(gl.max(scores, 1), 1) * factor)
-                fresh, part = _exponentiate(scores, higher, factor)
-                decay = gl.exp2(top - higher)
-                total = total * gl.expand_dims(decay, 1) + part
-                top = higher
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                release(work, slot, 1)
-                acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1)
-                weights = _operand(fresh, work, dtype, OPERAND)
-                slot, phase = k_slot, k_phase
-            mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
-            mbarrier.wait(shared.v_full.index(slot), phase)
+    unit = receive(shared.posts, 0)
+    while unit.begin < unit.end:
+        head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
+        block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
+        row = begin + CONSUMER * ROWS
+        ahead = (row if work.CAUSAL else end) - start - block * work.BLOCK_N
+        mbarrier.wait(shared.q_full.index(CONSUMER), number & 1)
+        mbarrier.wait(shared.k_full.index(slot), phase)
+        k = shared.k.index(slot).reshape([work.BLOCK_N, work.DIM])
+        nothing = gl.zeros([ROWS, work.BLOCK_N], gl.float32, SCORES)
+        scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        release(work, slot, 0)
+        scores = mask_scores(scores.reshape(GROUPS), work, ahead)
+        top = gl.maximum(gl.max(gl.max(scores, 1), 1) * factor, LOWEST)
+        weights, total = _exponentiate(scores, top, factor)
+        weights = _operand(weights, work, dtype, OPERAND)
+        acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
+        for i in range(1, count):
+            ahead += work.BLOCK_N
+            k_slot, k_phase = advance(slot, phase, work.STAGES)
+            k = shared.k.index(k_slot).reshape([work.BLOCK_N, work.DIM])
             v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
+            mbarrier.wait(shared.k_full.index(k_slot), k_phase)
+            await_turn(work, CONSUMER)
+            scores = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(shared.v_full.index(slot), phase)
             acc = warpgroup_mma(weights, v, acc, is_async=True)
-            sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
-            top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
-            head = head_of(work.units, step, each)
-            store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            pass_turn(work, CONSUMER)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            release(work, k_slot, 0)
+            scores = scores.reshape(GROUPS)
+            if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
+                if is_edge(work, i, bare_first, bare_last):
+                    scores = mask_scores(scores, work, ahead)
+            higher = gl.maximum(top, gl.max(gl.max(scores, 1), 1) * factor)
+            fresh, part = _exponentiate(scores, higher, factor)
+            decay = gl.exp2(top - higher)
+            total = total * gl.expand_dims(decay, 1) + part
+            top = higher
             acc = warpgroup_mma_wait(0, deps=[acc])
             release(work, slot, 1)
-            slot, phase = advance(slot, phase, work.STAGES)
-            turn = turn ^ 1
-            store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
-        begin, start, end = next_begin, next_start, next_end
+            acc = acc * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS), assert_trivial=True), 1)
+            weights = _operand(fresh, work, dtype, OPERAND)
+            slot, phase = k_slot, k_phase
+        mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
+        mbarrier.wait(shared.v_full.index(slot), phase)
+        v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
+        acc = warpgroup_mma(weights, v, acc, is_async=True)
+        number += 1
+        unit = receive(shared.posts, number)
+        sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
+        top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
+        store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        release(work, slot, 1)
+        slot, phase = advance(slot, phase, work.STAGES)
+        store_out(out_desc, acc * gl.expand_dims(1 / sums, 1), shared.out.index(CONSUMER), row, end, head)
     if CONSUMER == 0:  # no arrival is left over
         await_turn(work, CONSUMER)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "tokens", "heads", "group", "chunk", "stretch", "window"])
+@gluon.jit(do_not_specialize=["num_tiles", "tokens", "heads", "group", "together", "window"])
 def _forward_kernel(  # noqa: PLR0913
     q_desc,
     k_desc,
     v_desc,
     out_desc,
     lse,
-    tiles,
+    table,
     num_tiles,
     tokens,
     heads,
     group,
-    chunk,
-    stretch,
+    together,
     window,
     factor,
     DIM: gl.constexpr,
@@ -454,9 +469,10 @@ def _forward_kernel(  # noqa: PLR0913
         barriers(CONSUMERS, 1),
         barriers(STAGES, 1),
         barriers(STAGES, 1),
+        no_posts(),
     )
-    units = Units(tiles, num_tiles, heads, chunk, stretch)
-    work = Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
+    queue = Queue(table, table + HEADER, num_tiles, heads, together)
+    work = Work(queue, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
     fence_async_shared()
     if CONSUMERS == 2:
         gl.warp_specialize(
@@ -490,5 +506,5 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
             for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention forward {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
-                arguments = _arguments((x, x, x), x, lse, integers.view(-1, 3), scores, config)
+                arguments = _arguments((x, x, x), x, lse, (integers, 14), scores, config)
                 yield label, _forward_kernel, arguments, _options(dim, scores, config)

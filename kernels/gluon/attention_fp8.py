@@ -40,30 +40,35 @@ from shardwright.kernels.gluon.attention_forward import (
     ROWS,
     Shared,
     Work,
+    await_all_room,
     await_room,
-    await_turn,
     blocks_of,
     is_edge,
     mask_scores,
-    pass_turn,
     release,
+    release_all,
     store_lse,
     store_out,
 )
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
-    Units,
     advance,
     aggregate,
     barriers,
-    head_of,
-    heads_together,
     load,
-    longest_first,
     processors,
     ragged,
-    rounds,
-    tile,
+)
+from shardwright.kernels.gluon.units import (
+    HEADER,
+    Queue,
+    heads_together,
+    longest_first,
+    no_posts,
+    post,
+    receive,
+    reserve,
+    unit_of,
 )
 from shardwright.kernels.gluon.weights_fp8 import exponentiate, highest, operand, pack
 from shardwright.kernels.triton.attention_forward import Documents, Scores
@@ -74,16 +79,13 @@ from shardwright.kernels.triton.quantise import TILE, Quantised
 KEYS = gl.constexpr(TILE)  # of a block
 
 
-def _config(consumers: int, stages: int, turns: int) -> Config:
-    """Return a configuration, as in attention_forward."""
-    blocks = {"BLOCK_N": TILE, "CONSUMERS": consumers, "STAGES": stages, "TURNS": turns}
+def _config(consumers: int, stages: int) -> Config:
+    """Return a configuration: warpgroups, and blocks of keys in flight."""
+    blocks = {"BLOCK_N": TILE, "CONSUMERS": consumers, "STAGES": stages}
     return Config(blocks=blocks, num_warps=4, num_stages=1)
 
 
-CONFIGS = {
-    128: (_config(2, 3, 0), _config(2, 3, 1)),
-    64: (_config(3, 3, 0), _config(3, 3, 1), _config(2, 4, 0), _config(2, 4, 1)),
-}
+CONFIGS = {128: (_config(2, 3),), 64: (_config(3, 3),)}
 _REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
 
 
@@ -108,11 +110,11 @@ def forward(
     config = config or pick("gluon_attention_fp8", f"head_dim={dim}", lambda: CONFIGS[dim], device)
     out = torch.empty((documents.tokens, heads, dim), dtype=dtype, device=device)
     lse = torch.empty((heads, documents.tokens), dtype=torch.float32, device=device)
-    tiles = longest_first(documents, ROWS.value * config.blocks["CONSUMERS"], scores.causal)
+    table, num_tiles = longest_first(documents, ROWS.value * config.blocks["CONSUMERS"], scores.causal)
     launch_kernel(
         _forward_kernel,
-        (min(len(tiles) * heads, processors(device)),),
-        *_arguments(quantised, out, lse, tiles, scores),
+        (min(num_tiles * heads, processors(device)),),
+        *_arguments(quantised, out, lse, (table, num_tiles), scores),
         **_options(dim, scores, config),
     )
     return out, lse
@@ -131,21 +133,20 @@ def _rows(base: Address, count: int, width: int, rows: int) -> TensorDescriptor:
 
 
 def _arguments(
-    quantised: Quantised, out: torch.Tensor, lse: torch.Tensor, tiles: torch.Tensor, scores: Scores
+    quantised: Quantised, out: torch.Tensor, lse: torch.Tensor, tiles: tuple[torch.Tensor, int], scores: Scores
 ) -> tuple[Any, ...]:
-    tokens, heads, dim = out.shape
-    kv_heads, num_tiles = quantised.k_values.shape[1], len(tiles)
-    chunk = heads_together(kv_heads, 2 * dim * tokens, CACHED_BYTES) * heads // kv_heads
-    stretch = num_tiles * (chunk if scores.causal and scores.window is None else heads)
+    (tokens, heads, dim), (table, num_tiles) = out.shape, tiles
+    kv_heads = quantised.k_values.shape[1]
+    group = heads // kv_heads
+    together = heads_together(kv_heads, 2 * dim * tokens, CACHED_BYTES) * group
     descriptors = (
         _dense(quantised.q_values, ROWS.value),
         _dense(quantised.k_values, TILE),
         _dense(quantised.v_values, dim),
         ragged(out, ROWS.value),
     )
-    sizes = (num_tiles, quantised.q_scales.shape[1], tokens, heads, heads // kv_heads, chunk, stretch)
-    factor = math.log2(math.e) * scores.scale
-    return *descriptors, *quantised[3:], lse, tiles, *sizes, scores.window or 0, factor
+    sizes = (num_tiles, quantised.q_scales.shape[1], tokens, heads, group, together, scores.window or 0)
+    return *descriptors, *quantised[3:], lse, table, *sizes, math.log2(math.e) * scores.scale
 
 
 def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
@@ -182,40 +183,38 @@ def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
     STAGES: gl.constexpr = work.STAGES
     slot = 0
     phase = 0
-    turn = 0
-    each, steps = rounds(work.units)
-    kv_heads = work.units.heads // work.group
-    begin, start, end = tile(work.units, 0, each, steps)
-    first = gl.load(tiles.firsts + start)
-    for step in range(steps):
-        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
-        if begin < end:
-            head = head_of(work.units, step, each)
-            last, count, _, _ = blocks_of(work, begin, start, end)
-            kv = (first + last) * kv_heads + head // work.group
-            for i in gl.static_range(work.CONSUMERS):
-                mbarrier.wait(shared.q_empty.index(i), turn ^ 1)
-                ahead = begin - start + i * ROWS
-                row = ((first + ahead // KEYS) * work.units.heads + head) * KEYS + ahead % KEYS
-                _load_rows(q_desc, shared.q_full, i, shared.q, row)
-            turn = turn ^ 1
-            await_room(work, slot, 0)
-            _load_rows(k_desc, shared.k_full, slot, shared.k, kv * KEYS)
-            for _ in range(1, count):
-                next_slot, next_phase = advance(slot, phase, STAGES)
-                await_room(work, next_slot, 0)
-                _load_rows(k_desc, shared.k_full, next_slot, shared.k, (kv - kv_heads) * KEYS)
-                await_room(work, slot, 1)
-                _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
-                slot, phase = next_slot, next_phase
-                kv -= kv_heads
+    number = 0
+    heads = work.queue.heads
+    kv_heads = heads // work.group
+    unit = unit_of(work.queue, reserve(work.queue))
+    post(shared.posts, 0, unit)
+    while unit.begin < unit.end:
+        head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
+        first = gl.load(tiles.firsts + start)
+        last, count, _, _ = blocks_of(work, begin, start, end)
+        kv = (first + last) * kv_heads + head // work.group
+        for i in gl.static_range(work.CONSUMERS):
+            mbarrier.wait(shared.q_empty.index(i), number & 1 ^ 1)
+            ahead = begin - start + i * ROWS
+            row = ((first + ahead // KEYS) * heads + head) * KEYS + ahead % KEYS
+            _load_rows(q_desc, shared.q_full, i, shared.q, row)
+        await_room(work, slot, 0)
+        _load_rows(k_desc, shared.k_full, slot, shared.k, kv * KEYS)
+        for _ in range(1, count):
+            next_slot, next_phase = advance(slot, phase, STAGES)
+            await_room(work, next_slot, 0)
+            _load_rows(k_desc, shared.k_full, next_slot, shared.k, (kv - kv_heads) * KEYS)
             await_room(work, slot, 1)
             _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
-            slot, phase = advance(slot, phase, STAGES)
-        begin, start, end = next_begin, next_start, next_end
-        first = gl.load(tiles.firsts + start)
-    for number in gl.static_range(2 * STAGES):  # no arrival is left over
-        await_room(work, number, 0)
+            slot, phase = next_slot, next_phase
+            kv -= kv_heads
+        unit = unit_of(work.queue, reserve(work.queue))
+        await_room(work, slot, 1)
+        _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
+        slot, phase = advance(slot, phase, STAGES)
+        number += 1
+        post(shared.posts, number, unit)
+    await_all_room(work)
 
 
 @gluon.jit
@@ -223,6 +222,23 @@ def _by_rows(acc, rows):
     """Return sums, each row multiplied by a number."""
     LAYOUT: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     return acc * gl.expand_dims(gl.convert_layout(rows, LAYOUT, assert_trivial=True), 1)
+
+
+@gluon.jit
+def _first_scales(work, tiles, unit, first, CONSUMER: gl.constexpr):
+    """Return where the scales of a unit's last block lie, those of queries, of its keys and values, and of keys before.
+
+    `first` is the number of the first tile of the document.
+    """
+    exists = unit.begin < unit.end
+    last, count, _, _ = blocks_of(work, unit.begin, unit.start, unit.end)
+    # Rows after the last tile of the document are of no query; any scale will do.
+    q_tile = first + (gl.minimum(unit.begin + CONSUMER * ROWS, unit.end - 1) - unit.start) // KEYS
+    spot = unit.head // work.group * tiles.num + first + last
+    q_scale = gl.load(tiles.q_scales + unit.head * tiles.num + q_tile, mask=exists, other=1.0)
+    k_scale = gl.load(tiles.k_scales + spot, mask=exists, other=1.0)
+    v_scale = gl.load(tiles.v_scales + spot, mask=exists, other=1.0)
+    return spot, q_scale, k_scale, v_scale, gl.load(tiles.k_scales + spot - 1, mask=exists & (count > 1), other=1.0)
 
 
 @gluon.jit
@@ -240,93 +256,77 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
     nothing = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
     slot = 0
     phase = 0
-    turn = 0
-    each, steps = rounds(work.units)
-    begin, start, end = tile(work.units, 0, each, steps)
-    first = gl.load(tiles.firsts + start)
-    for number in gl.static_range(2 * work.STAGES):
-        release(work, number, 0)
-    if CONSUMER == work.CONSUMERS - 1:
-        pass_turn(work, CONSUMER)
-    for step in range(steps):
-        next_begin, next_start, next_end = tile(work.units, step + 1, each, steps)
-        if begin < end:
-            block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
-            row = begin + CONSUMER * ROWS
-            ahead = (row if work.CAUSAL else end) - start - block * KEYS
-            head = head_of(work.units, step, each)
-            # Rows after the last tile of the document are of no query; any scale will do.
-            q_tile = first + (gl.minimum(row, end - 1) - start) // KEYS
-            q_scale = gl.load(tiles.q_scales + head * tiles.num + q_tile)
-            spot = head // work.group * tiles.num + first + block
-            k_scale = gl.load(tiles.k_scales + spot)
-            v_scale = gl.load(tiles.v_scales + spot)
-            next_k_scale = gl.load(tiles.k_scales + spot - 1, mask=count > 1, other=1.0)
-            mbarrier.wait(shared.q_full.index(CONSUMER), turn)
-            mbarrier.wait(shared.k_full.index(slot), phase)
-            scores = warpgroup_mma(q, shared.k.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
-            release(work, slot, 0)
-            q_factor = q_scale * factor
-            scores = mask_scores(scores.reshape(GROUPS), work, ahead)
-            top = gl.maximum(highest(scores, q_factor * k_scale), LOWEST)
-            weights, total = exponentiate(scores, top, q_factor * k_scale)
-            weights = pack(weights)
-            acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
-            for i in range(1, count):
-                ahead += KEYS
-                spot -= 1
-                block_factor = q_factor * next_k_scale
-                next_k_scale = gl.load(tiles.k_scales + spot - 1, mask=i + 1 < count, other=1.0)
-                next_v_scale = gl.load(tiles.v_scales + spot)
-                k_slot, k_phase = advance(slot, phase, work.STAGES)
-                v = shared.v.index(slot).permute((1, 0))
-                p = operand(weights, OPERAND)
-                mbarrier.wait(shared.k_full.index(k_slot), k_phase)
-                await_turn(work, CONSUMER)
-                scores = warpgroup_mma(q, shared.k.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-                mbarrier.wait(shared.v_full.index(slot), phase)
-                acc = warpgroup_mma(p, v, acc, is_async=True)
-                pass_turn(work, CONSUMER)
-                scores = warpgroup_mma_wait(1, deps=[scores])
-                release(work, k_slot, 0)
-                scores = scores.reshape(GROUPS)
-                if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
-                    if is_edge(work, i, bare_first, bare_last):
-                        scores = mask_scores(scores, work, ahead)
-                higher = gl.maximum(top, highest(scores, block_factor))
-                fresh, sums = exponentiate(scores, higher, block_factor)
-                fading = gl.exp2(top - higher)
-                total = total * gl.expand_dims(fading, 1) + sums
-                top = higher
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                release(work, slot, 1)
-                acc = _by_rows(acc, fading * (v_scale / next_v_scale))
-                v_scale = next_v_scale
-                weights = pack(fresh)
-                slot, phase = k_slot, k_phase
-            first = gl.load(tiles.firsts + next_start)
-            mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
-            mbarrier.wait(shared.v_full.index(slot), phase)
+    number = 0
+    release_all(work)
+    unit = receive(shared.posts, 0)
+    first = gl.load(tiles.firsts + unit.start)
+    spot, q_scale, k_scale, v_scale, next_k_scale = _first_scales(work, tiles, unit, first, CONSUMER)
+    while unit.begin < unit.end:
+        head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
+        block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
+        row = begin + CONSUMER * ROWS
+        ahead = (row if work.CAUSAL else end) - start - block * KEYS
+        mbarrier.wait(shared.q_full.index(CONSUMER), number & 1)
+        mbarrier.wait(shared.k_full.index(slot), phase)
+        scores = warpgroup_mma(q, shared.k.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        release(work, slot, 0)
+        q_factor = q_scale * factor
+        scores = mask_scores(scores.reshape(GROUPS), work, ahead)
+        top = gl.maximum(highest(scores, q_factor * k_scale), LOWEST)
+        weights, total = exponentiate(scores, top, q_factor * k_scale)
+        weights = pack(weights)
+        acc = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
+        for i in range(1, count):
+            ahead += KEYS
+            spot -= 1
+            block_factor = q_factor * next_k_scale
+            next_k_scale = gl.load(tiles.k_scales + spot - 1, mask=i + 1 < count, other=1.0)
+            next_v_scale = gl.load(tiles.v_scales + spot)
+            k_slot, k_phase = advance(slot, phase, work.STAGES)
+            v = shared.v.index(slot).permute((1, 0))
             p = operand(weights, OPERAND)
-            acc = warpgroup_mma(p, shared.v.index(slot).permute((1, 0)), acc, is_async=True)
-            sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
-            top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
-            store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+            mbarrier.wait(shared.k_full.index(k_slot), k_phase)
+            scores = warpgroup_mma(q, shared.k.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            mbarrier.wait(shared.v_full.index(slot), phase)
+            acc = warpgroup_mma(p, v, acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            release(work, k_slot, 0)
+            scores = scores.reshape(GROUPS)
+            if EDGES:  # noqa: SIM102 (one is of the compiler, the other of the GPU)
+                if is_edge(work, i, bare_first, bare_last):
+                    scores = mask_scores(scores, work, ahead)
+            higher = gl.maximum(top, highest(scores, block_factor))
+            fresh, sums = exponentiate(scores, higher, block_factor)
+            fading = gl.exp2(top - higher)
+            total = total * gl.expand_dims(fading, 1) + sums
+            top = higher
             acc = warpgroup_mma_wait(0, deps=[acc])
             release(work, slot, 1)
-            slot, phase = advance(slot, phase, work.STAGES)
-            turn = turn ^ 1
-            store_out(out_desc, _by_rows(acc, v_scale / sums), shared.out.index(CONSUMER), row, end, head)
-        else:
-            first = gl.load(tiles.firsts + next_start)
-        begin, start, end = next_begin, next_start, next_end
-    if CONSUMER == 0:  # no arrival is left over
-        await_turn(work, CONSUMER)
+            acc = _by_rows(acc, fading * (v_scale / next_v_scale))
+            v_scale = next_v_scale
+            weights = pack(fresh)
+            slot, phase = k_slot, k_phase
+        mbarrier.arrive(shared.q_empty.index(CONSUMER), count=1)
+        mbarrier.wait(shared.v_full.index(slot), phase)
+        p = operand(weights, OPERAND)
+        acc = warpgroup_mma(p, shared.v.index(slot).permute((1, 0)), acc, is_async=True)
+        number += 1
+        unit = receive(shared.posts, number)
+        first = gl.load(tiles.firsts + unit.start)
+        old_v_scale = v_scale
+        spot, q_scale, k_scale, v_scale, next_k_scale = _first_scales(work, tiles, unit, first, CONSUMER)
+        sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
+        top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
+        store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        release(work, slot, 1)
+        slot, phase = advance(slot, phase, work.STAGES)
+        store_out(out_desc, _by_rows(acc, old_v_scale / sums), shared.out.index(CONSUMER), row, end, head)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_tiles", "num_blocks", "tokens", "heads", "group", "chunk", "stretch", "window"])
+@gluon.jit(do_not_specialize=["num_tiles", "num_blocks", "tokens", "heads", "group", "together", "window"])
 def _forward_kernel(  # noqa: PLR0913
     q_desc,
     k_desc,
@@ -337,14 +337,13 @@ def _forward_kernel(  # noqa: PLR0913
     v_scales,
     firsts,
     lse,
-    tiles,
+    table,
     num_tiles,
     num_blocks,
     tokens,
     heads,
     group,
-    chunk,
-    stretch,
+    together,
     window,
     factor,
     DIM: gl.constexpr,
@@ -353,7 +352,6 @@ def _forward_kernel(  # noqa: PLR0913
     BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    TURNS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """Attend from all units that fall to this program."""
@@ -367,9 +365,10 @@ def _forward_kernel(  # noqa: PLR0913
         barriers(CONSUMERS, 1),
         barriers(STAGES, 1),
         barriers(STAGES, 1),
+        no_posts(),
     )
-    units = Units(tiles, num_tiles, heads, chunk, stretch)
-    work = Work(units, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
+    queue = Queue(table, table + HEADER, num_tiles, heads, together)
+    work = Work(queue, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, False, CAUSAL, WINDOWED)
     blocks = _Tiles(firsts, q_scales, k_scales, v_scales, num_blocks)
     fence_async_shared()
     if CONSUMERS == 2:
@@ -406,5 +405,5 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
             for config in configs if name == "causal" and dtype == torch.bfloat16 else configs[:1]:
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention fp8 {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
-                arguments = _arguments(quantised, out, lse, tiles, scores)
+                arguments = _arguments(quantised, out, lse, (tiles, 14), scores)
                 yield label, _forward_kernel, arguments, _options(dim, scores, config)

@@ -11,21 +11,18 @@ coordinate is moved forward so that the document's end meets the bound.
 
 # No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
 
-from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language import core
 
-from shardwright.kernels.triton.attention_forward import Documents, Scores
-from shardwright.kernels.triton.launch import Address, cdiv, kept, launch_kernel
+from shardwright.kernels.triton.attention_forward import Scores
+from shardwright.kernels.triton.launch import Address, kept
 from shardwright.kernels.triton.ptxas import hazard
 
 # Triton 3.9 renamed both, and 3.6 knows the older names only.
@@ -92,12 +89,6 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@lru_cache
-def heads_together(kv_heads: int, head_bytes: int, cached_bytes: int) -> int:
-    """Return how many key heads programs go through together: what they read stays cached, and it divides the heads."""
-    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= cached_bytes))
-
-
 def ragged(x_PHD: torch.Tensor, rows: int) -> TensorDescriptor:
     """Return a descriptor of tiles of so many tokens of one head, which ends where `place` says; see `kept`."""
     _, heads, dim = x_PHD.shape
@@ -113,52 +104,6 @@ def _ragged(base: Address, stride: int, width: int, dim: int, rows: int) -> Tens
         [1, 1, rows, dim],
         layout(rows, dim, gl.bfloat16 if base.dtype == torch.bfloat16 else gl.float16),
     )
-
-
-def longest_first(documents: Documents, block: int, causal: bool) -> torch.Tensor:
-    """Return what Documents.tiles does, in another order: tiles that see the most keys first, empty ones last."""
-    count = documents.bounds.numel() - 1
-    num_tiles = min(documents.tokens // block + count, count * cdiv(documents.longest, block))
-    table = torch.empty((num_tiles, 3), dtype=torch.int32, device=documents.bounds.device)
-    launch_kernel(_order_kernel, (count + 1,), documents.bounds, table, count, num_tiles, BLOCK=block, CAUSAL=causal)
-    return table
-
-
-@triton.jit(do_not_specialize=["num_documents", "num_tiles"])
-def _order_kernel(bounds, tiles, num_documents, num_tiles, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
-    """Write the tiles of one document where they belong among all; as the last program, the empty ones."""
-    document = tl.program_id(0)
-    lanes = tl.arange(0, 64)
-    start = tl.load(bounds + document)
-    end = tl.load(bounds + document + 1, mask=document < num_documents, other=0)
-    count = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
-    for at in range(0, tl.where(document < num_documents, count, 1), 64):
-        index = at + lanes
-        rank = tl.zeros([64], tl.int32)
-        total = 0
-        for first in range(0, num_documents, 64):
-            other = first + lanes
-            known = other < num_documents
-            begin = tl.load(bounds + other, mask=known, other=0)
-            size = tl.cdiv(tl.load(bounds + other + 1, mask=known, other=0) - begin, BLOCK)
-            total += tl.sum(size, 0)
-            before = (other < document)[None, :]
-            if CAUSAL:  # a tile sees as many blocks as there are tiles up to it
-                ahead = tl.maximum(size[None, :] - index[:, None] - 1, 0)
-                ahead += (before & (size[None, :] > index[:, None])).to(tl.int32)
-            else:
-                ahead = tl.where((size[None, :] > count) | (before & (size[None, :] == count)), size[None, :], 0)
-                ahead += tl.zeros([64, 64], tl.int32)
-            rank += tl.sum(ahead, 1)
-        if not CAUSAL:
-            rank += index
-        row = tiles + rank * 3
-        tl.store(row, start + index * BLOCK, mask=index < count)
-        tl.store(row + 1, start, mask=index < count)
-        tl.store(row + 2, end, mask=index < count)
-        if document == num_documents:
-            for empty in range(total * 3, num_tiles * 3, 64):
-                tl.store(tiles + empty + lanes, 0, mask=empty + lanes < num_tiles * 3)
 
 
 @gluon.jit
@@ -191,6 +136,18 @@ def _named(instruction: gl.constexpr, number, threads):
 
 
 @gluon.jit
+def uniform(integer):
+    """Return an integer that is the same in all threads of a warp in a way that tells ptxas so.
+
+    Else it takes loops that end by it for ones that threads may leave one by one, and keeps what they count, and
+    addresses of operands, where the tensor cores cannot take them from.
+    """
+    return gl.inline_asm_elementwise(
+        "redux.sync.or.b32 $0, $1, 0xffffffff;", "=r,r", [integer], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def meet(number, threads):
     """Wait until so many threads of the program, these among them, have come to one of its 16 barriers by number.
 
@@ -206,74 +163,9 @@ def pass_by(number, threads):
     _named("bar.arrive", number, threads)
 
 
-@aggregate
-class Units:
-    """Tiles of queries, each of one head, in the order in which programs take them: by stretches, and chunks of heads.
-
-    Attributes:
-        tiles: of `longest_first`.
-        num_tiles: M.
-        heads: H.
-        chunk: heads of which programs take the same tile one after the other; it divides H.
-        stretch: units that are dealt out evenly before the next; M times a multiple of the chunk that divides H.
-    """
-
-    tiles: gl.tensor
-    num_tiles: gl.tensor
-    heads: gl.tensor
-    chunk: gl.tensor
-    stretch: gl.tensor
-
-
-@gluon.jit
-def rounds(units):
-    """Return how many units a program looks at in a stretch, and in all."""
-    each = gl.cdiv(units.stretch, gl.num_programs(0))
-    return each, each * (units.num_tiles * units.heads // units.stretch)
-
-
-@gluon.jit
-def _unit(units, step, each):
-    """Return the number of a program's unit, and whether there is one.
-
-    Programs take turns in one order and then in the other, so that each gets long and short units alike.
-    """
-    program = gl.program_id(0)
-    programs = gl.num_programs(0)
-    within = step % each * programs + gl.where(step % 2 == 0, program, programs - 1 - program)
-    return step // each * units.stretch + within, within < units.stretch
-
-
-@gluon.jit
-def head_of(units, step, each):
-    """Return the head of a program's unit."""
-    unit, _ = _unit(units, step, each)
-    return unit // (units.num_tiles * units.chunk) * units.chunk + unit % units.chunk
-
-
-@gluon.jit
-def tile(units, step, each, steps):
-    """Return the first token of a unit's tile, and its document's first and end; all 0 if there is nothing to do."""
-    unit, exists = _unit(units, step, each)
-    exists = exists & (step < steps)
-    row = units.tiles + unit % (units.num_tiles * units.chunk) // units.chunk * 3
-    begin = gl.load(row, mask=exists, other=0)
-    start = gl.load(row + 1, mask=exists, other=0)
-    end = gl.load(row + 2, mask=exists, other=0)
-    return begin, start, end
-
-
 VARIANTS = (
     ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.bfloat16),
     ("causal", Scores(scale=0.1, softcap=None, causal=True, window=None), torch.float16),
     ("full", Scores(scale=0.1, softcap=None, causal=False, window=None), torch.bfloat16),
     ("window", Scores(scale=0.1, softcap=None, causal=True, window=1024), torch.bfloat16),
 )  # to compile
-
-
-def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
-    """Yield label, kernel, arguments and keyword arguments of everything that a compiler should be tried on."""
-    integers = torch.empty(48, dtype=torch.int32)
-    for causal in (True, False):
-        label = f"attention order {'causal' if causal else 'full'}"
-        yield label, _order_kernel, (integers, integers, 15, 16), {"BLOCK": 128, "CAUSAL": causal}

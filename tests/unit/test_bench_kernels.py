@@ -112,7 +112,7 @@ def test_one_that_raises_is_a_row_and_the_others_are_measured():
         late=lambda: fails(RuntimeError("out of memory\n at all"), after=3),
         one_way=lambda: NoBackward.apply,
     )
-    rows = list(bench_kernels.measure(case, Stopwatch(CPU, 4), None))
+    rows = list(bench_kernels.measure(case, "", Stopwatch(CPU, 4), None))
     why = {row["name"]: row["refused"] for row in rows if "refused" in row}
     assert why == {
         "absent": "not installed: No module named 'no_such_package'",
@@ -123,6 +123,11 @@ def test_one_that_raises_is_a_row_and_the_others_are_measured():
     timed = {(row["name"], row["direction"]) for row in rows if "ms" in row}
     both = {("reference", "forward"), ("reference", "backward")}
     assert timed == both | {("late", "backward"), ("one_way", "forward")}
+
+
+def test_only_implementations_that_match_are_measured():
+    case = double(absent=absent, other=lambda: lambda x: x + x)
+    assert {row["name"] for row in bench_kernels.measure(case, "^oth", Stopwatch(CPU, 1), None)} == {"other"}
 
 
 def test_every_implementation_has_inputs_of_its_own():
@@ -138,7 +143,7 @@ def test_every_implementation_has_inputs_of_its_own():
         return 2 * x
 
     case = replace(double(spoiler=lambda: spoil, after=lambda: look), inputs=lambda device: [torch.randn(3)])
-    list(bench_kernels.measure(replace(case, work={"forward": 12}), Stopwatch(CPU, 1), None))
+    list(bench_kernels.measure(replace(case, work={"forward": 12}), "", Stopwatch(CPU, 1), None))
     assert seen["after"].any()
 
 
@@ -281,6 +286,8 @@ def test_tables_leave_out_configurations_that_cannot_run_and_ops_that_are_not_ch
     assert choice.config is configs[1]
     tables.rank([row("a", "gluon", 2.0), row("a", "sdpa", 1.0), row("b", "torch", 1.0, op="layer_norm")])
     assert tables._table["order"] == {"attention": ["gluon", "sdpa"]}
+    tables.rank([row("a", "varlen", 1.0), row("a", "sdpa", 2.0)])
+    assert tables._table["order"] == {"attention": ["sdpa", "varlen", "gluon"]}
 
 
 def test_timing_has_the_median_of_all_calls():
