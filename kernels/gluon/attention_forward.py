@@ -31,23 +31,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from shardwright.kernels.gluon.attention_parts import (
+    CACHED_BYTES,
+    LN2,
+    LOWEST,
+    REGISTERS,
+    ROWS,
+    Shared,
+    Work,
+    await_all_room,
+    await_room,
+    await_turn,
+    blocks_of,
+    is_edge,
+    mask_scores,
+    pass_turn,
+    release,
+    release_all,
+    store_lse,
+    store_out,
+)
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
     advance,
-    aggregate,
     barriers,
     describable,
     load,
-    meet,
-    pass_by,
     place,
     processors,
     ragged,
-    store,
 )
 from shardwright.kernels.gluon.units import (
     HEADER,
-    Posts,
     Queue,
     heads_together,
     longest_first,
@@ -61,11 +76,6 @@ from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import launch_kernel
 
-LN2 = gl.constexpr(math.log(2))
-HIDDEN = gl.constexpr(float("-inf"))  # score of a key that a query does not see
-LOWEST = gl.constexpr(-1.0e30)  # what a row's highest score is at least, as it may see no key of its first block
-ROWS = gl.constexpr(64)  # queries of a warpgroup
-
 
 def _config(consumers: int, stages: int, turns: int) -> Config:
     """Return a configuration: warpgroups, blocks of keys in flight, and whether warpgroups take turns."""
@@ -74,8 +84,6 @@ def _config(consumers: int, stages: int, turns: int) -> Config:
 
 
 CONFIGS = {128: (_config(2, 2, 0),), 64: (_config(3, 3, 1),)}
-_REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
-CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
 
 
 def forward(
@@ -134,116 +142,10 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
         "DIM": dim,
         "CAUSAL": scores.causal,
         "WINDOWED": scores.window is not None,
-        "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
+        "REGISTERS": REGISTERS[config.blocks["CONSUMERS"]],
         **config.arguments,
         "enable_fp_fusion": True,
     }
-
-
-@aggregate
-class Shared:
-    """Buffers and their barriers: `full` when loaded, `empty` when every reader is through with them.
-
-    That keys and values have been read is said by barriers by number, see `_by_number`: to arrive there takes no
-    synchronisation of the warpgroup.
-    """
-
-    q: gl.shared_memory_descriptor
-    k: gl.shared_memory_descriptor
-    v: gl.shared_memory_descriptor
-    out: gl.shared_memory_descriptor
-    q_full: gl.shared_memory_descriptor
-    q_empty: gl.shared_memory_descriptor
-    k_full: gl.shared_memory_descriptor
-    v_full: gl.shared_memory_descriptor
-    posts: Posts
-
-
-@aggregate
-class Work:
-    """What is to be done."""
-
-    queue: Queue
-    group: gl.tensor
-    window: gl.tensor
-    DIM: gl.constexpr
-    BLOCK_N: gl.constexpr
-    CONSUMERS: gl.constexpr
-    STAGES: gl.constexpr
-    TURNS: gl.constexpr  # warpgroups begin their products one after the other
-    CAUSAL: gl.constexpr
-    WINDOWED: gl.constexpr
-
-
-@gluon.jit
-def _by_number(work, slot, VALUES: gl.constexpr):
-    """Return the number of the barrier that says that a slot's keys, or values, are free; the last are for turns."""
-    FIRST: gl.constexpr = 16 - (work.CONSUMERS if work.TURNS else 0) - (2 - VALUES) * work.STAGES
-    return slot + FIRST
-
-
-@gluon.jit
-def release(work, slot, VALUES: gl.constexpr):
-    """Tell the producer that a warpgroup is through with the keys, or values, of a slot."""
-    pass_by(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
-
-
-@gluon.jit
-def await_room(work, slot, VALUES: gl.constexpr):
-    """Wait until all warpgroups are through with the keys, or values, of a slot."""
-    meet(_by_number(work, slot, VALUES), work.CONSUMERS * 128 + 32)
-
-
-@gluon.jit
-def release_all(work):
-    """Release all slots, as nobody has used them yet."""
-    for i in gl.static_range(2 * work.STAGES):
-        release(work, i, 0)
-
-
-@gluon.jit
-def await_all_room(work):
-    """Wait until all warpgroups are through with everything, so that no arrival is left over."""
-    for i in gl.static_range(2 * work.STAGES):
-        await_room(work, i, 0)
-
-
-@gluon.jit
-def await_turn(work, CONSUMER: gl.constexpr):
-    """Wait, if warpgroups take turns, until it is this one's."""
-    if work.TURNS:
-        meet(16 - work.CONSUMERS + CONSUMER, 256)
-
-
-@gluon.jit
-def pass_turn(work, CONSUMER: gl.constexpr):
-    """Pass the turn on to the next warpgroup."""
-    if work.TURNS:
-        pass_by(16 - work.CONSUMERS + (CONSUMER + 1) % work.CONSUMERS, 256)
-
-
-@gluon.jit
-def blocks_of(work, begin, start, end):
-    """Return how many blocks of keys a tile sees, from the last to the first, and where those without a mask lie.
-
-    Returns:
-        The number of the last block in its document, how many there are, and which of them, counted from the last, is
-        the first that needs no mask, and the first after it that does. The very last is always masked.
-    """
-    stop = gl.minimum(begin + work.CONSUMERS * ROWS, end)
-    if work.CAUSAL:
-        high = gl.cdiv(stop - start, work.BLOCK_N)
-        bare_high = (begin - start + 1) // work.BLOCK_N
-    else:
-        high = gl.cdiv(end - start, work.BLOCK_N)
-        bare_high = (end - start) // work.BLOCK_N
-    count = high
-    bare_last = count
-    if work.WINDOWED:
-        count = high - gl.maximum(begin - start + 1 - work.window, 0) // work.BLOCK_N
-        bare_last = high - gl.cdiv(gl.maximum(stop - start - work.window, 0), work.BLOCK_N)
-    bare_first = gl.minimum(gl.maximum(high - bare_high, 1), count)
-    return high - 1, count, bare_first, gl.minimum(gl.maximum(bare_last, bare_first), count)
 
 
 @gluon.jit
@@ -290,37 +192,6 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
 
 
 @gluon.jit
-def mask_scores(scores, work, ahead):
-    """Hide the keys that queries do not see; [ROWS, BLOCK_N / 8, 8].
-
-    The first query, or if not causal the document's end, lies `ahead` of the first key.
-    """
-    LAYOUT: gl.constexpr = scores.type.layout
-    group = 8 * gl.arange(0, work.BLOCK_N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
-    group = gl.expand_dims(gl.expand_dims(group, 0), 2)
-    lane = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    lane = gl.expand_dims(gl.expand_dims(lane, 0), 1)
-    if work.CAUSAL:
-        own = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-        own = gl.expand_dims(gl.expand_dims(own, 1), 2) + ahead - lane
-        scores = gl.where(group <= own, scores, HIDDEN)
-        if work.WINDOWED:
-            scores = gl.where(group > own - work.window, scores, HIDDEN)
-    else:
-        scores = gl.where(group < ahead - lane, scores, HIDDEN)
-    return scores
-
-
-@gluon.jit
-def is_edge(work, i, bare_first, bare_last):
-    """Return whether a block after the first needs a mask."""
-    edge = i < bare_first
-    if work.WINDOWED:
-        edge = edge | (i >= bare_last)
-    return edge
-
-
-@gluon.jit
 def _exponentiate(scores, top, factor):
     """Return the weights of scores that are at most `top`, scaled by the factor, and parts of their sums [ROWS, 8]."""
     weights = gl.exp2(scores * factor - gl.expand_dims(gl.expand_dims(top, 1), 1))
@@ -331,23 +202,6 @@ def _exponentiate(scores, top, factor):
 def _operand(weights, work, dtype: gl.constexpr, LAYOUT: gl.constexpr):
     """Return weights as the tensor cores take them, from registers that they already are in."""
     return gl.convert_layout(weights.reshape([ROWS, work.BLOCK_N]).to(dtype), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def store_lse(pointer, values, row, end):
-    """Write the log-sum-exp of rows of one document."""
-    rows = row + gl.arange(0, ROWS, layout=values.type.layout)
-    gl.store(pointer + rows, values, mask=rows < end)
-
-
-@gluon.jit
-def store_out(desc, values, buffer, row, end, head):
-    """Start to write values from a buffer, out of which those of the unit before may still be on their way."""
-    DIM: gl.constexpr = values.shape[1]
-    tma.store_wait(0)
-    buffer.reshape([ROWS, DIM]).store(values.to(desc.dtype))
-    fence_async_shared()
-    store(desc, place(row, end, head * DIM), buffer)
 
 
 @gluon.jit

@@ -1,10 +1,11 @@
 """FlashAttention forward in FP8 for Hopper.
 
-The structure is that of attention_forward, whose parts it uses. What differs: tiles of queries, keys and values come
-from `quantise`, dense and padded; the scales of a block go into the factor of its scores and the decay of the sums
-before it; weights are scaled by 2^8, so that small ones keep their precision; and they need no exchange between threads
-to become an operand, as values lie in the order of keys that threads have. Sums stay in the tensor cores, which keep 14
-bits: added up outside for every block, they cost 5 to 8 % of the speed, and were no more exact in five digits.
+The structure is that of attention_forward, and its parts are in attention_parts. What differs: tiles of queries, keys
+and values come from `quantise`, dense and padded; the scales of a block go into the factor of its scores and the decay
+of the sums before it; weights are scaled by 2^8, so that small ones keep their precision; and they need no exchange
+between threads to become an operand, as values lie in the order of keys that threads have. Sums stay in the tensor
+cores, which keep 14 bits: added up outside for every block, they cost 5 to 8 % of the speed, and were no more exact in
+five digits.
 
 Shapes: P packed tokens, H query heads, K key/value heads, D head size, M tiles.
 
@@ -33,10 +34,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from shardwright.kernels.gluon.attention_forward import (
+from shardwright.kernels.gluon.attention_parts import (
     CACHED_BYTES,
     LN2,
     LOWEST,
+    REGISTERS,
     ROWS,
     Shared,
     Work,
@@ -86,7 +88,6 @@ def _config(consumers: int, stages: int) -> Config:
 
 
 CONFIGS = {128: (_config(2, 3),), 64: (_config(3, 3),)}
-_REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
 
 
 def forward(
@@ -154,7 +155,7 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
         "DIM": dim,
         "CAUSAL": scores.causal,
         "WINDOWED": scores.window is not None,
-        "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
+        "REGISTERS": REGISTERS[config.blocks["CONSUMERS"]],
         **config.arguments,
         "enable_fp_fusion": True,
     }

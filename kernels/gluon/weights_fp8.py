@@ -7,7 +7,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from shardwright.kernels.gluon.attention_forward import ROWS
+from shardwright.kernels.gluon.attention_parts import ROWS
 
 LIFT = gl.constexpr(8.0)  # weights are at most 2^LIFT, of e4m3's 448
 
