@@ -4,9 +4,10 @@ A program is one warp that loads and two warpgroups with 64 keys each. All score
 weights and their gradients are operands from registers where the gradients of values and keys are summed. For the
 gradients of queries both warpgroups write theirs to shared memory and then multiply all 128 keys, each for its half of
 the result, which the memory adds to sums in float32. The order of these additions is not fixed: gradients of queries
-may differ in their last bits from run to run, those of keys and values do not. They do so one block of queries later:
-so the warpgroups need not meet in each, but drift apart, and one multiplies while the other exponentiates. Also, each
-starts the scores of its next block before this one ends.
+may differ in their last bits from run to run, those of keys and values do not.
+
+That product is one block of queries late. So the warpgroups need not meet in each block, but drift apart, and one
+multiplies while the other exponentiates. Also, each starts the scores of its next block before this one ends.
 
 What comes before and after is in `attention_sums`.
 
