@@ -28,7 +28,7 @@ import torch
 from shardwright.kernels.measured import gpu_name
 from shardwright.kernels.op import KernelError, Situation
 from shardwright.kernels.triton.config import new_choices
-from shardwright.scripts.bench_kernels_cases import Case, cases
+from shardwright.scripts.bench_kernels_cases import Case, Load, cases
 from shardwright.scripts.bench_kernels_page import write_page
 from shardwright.scripts.bench_kernels_tables import Tables
 from shardwright.scripts.bench_kernels_timing import Stopwatch, ceilings, host_microseconds
@@ -78,9 +78,8 @@ def measure(case: Case, names: str, stopwatch: Stopwatch, tables: Tables | None)
         tables: of what is fastest, or None if nothing is to be tuned.
     """
     device = stopwatch.device
-    situation = Situation(device=device.type, dtype=case.dtype, sizes=case.sizes)
     functions: dict[str, dict[str, Callable[[], object]]] = {direction: {} for direction in case.work}
-    for name, load in case.implementations(situation).items():
+    for name, load in _implementations(case, device).items():
         if not re.search(names, name):
             continue
         try:
@@ -96,6 +95,10 @@ def measure(case: Case, names: str, stopwatch: Stopwatch, tables: Tables | None)
                 continue
             host = host_microseconds(by_name[name], device)
             yield row | {"ms": asdict(timing), "host_us": host} | case.rate(direction, timing.median)
+
+
+def _implementations(case: Case, device: torch.device) -> dict[str, Load]:
+    return case.implementations(Situation(device=device.type, dtype=case.dtype, sizes=case.sizes))
 
 
 def reason(error: Exception) -> str:
@@ -165,6 +168,9 @@ def main() -> None:
     chosen = [case for case in cases(small=device.type != "cuda") if re.search(args.only, case.label)]
     if not chosen:
         parser.error(f"--only {args.only} matches no case")
+    names = {name for case in chosen for name in _implementations(case, device)}
+    if not any(re.search(args.implementations, name) for name in names):
+        parser.error(f"--implementations {args.implementations} matches none of {', '.join(sorted(names))}")
     if args.processes:
         compile_ahead(chosen, args, device)
     run(chosen, args, device)

@@ -52,7 +52,7 @@ from shardwright.kernels.gluon.hopper import (
     ragged,
     store,
 )
-from shardwright.kernels.gluon.units import Posts, Queue, heads_together, no_posts, post, receive, reserve, unit_of
+from shardwright.kernels.gluon.units import Posts, Queue, heads_together, no_posts, post, receive, take
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
 from shardwright.kernels.triton.launch import Address, kept, launch_kernel
@@ -175,7 +175,7 @@ def _load_pair(desc, bar, buffer, row, end, column):
 def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
     """Load the keys and values of units, and one block of queries after the other, as soon as there is room."""
     number, stage, phase = 0, 0, 0
-    unit = unit_of(job.queue, reserve(job.queue))
+    unit = take(job.queue)
     post(shared.posts, 0, unit)
     while unit.begin < unit.end:
         work = work_of(job, unit)
@@ -197,7 +197,7 @@ def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
                 waiting = False
                 stage, phase = advance(stage, phase, STAGES)
         number += 1
-        unit = unit_of(job.queue, reserve(job.queue))
+        unit = take(job.queue)
         # The unit before this one is done with: so it has been received, and may give way.
         post(shared.posts, number, unit)
 

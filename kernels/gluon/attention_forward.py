@@ -35,7 +35,6 @@ from shardwright.kernels.gluon.attention_parts import (
     CACHED_BYTES,
     LN2,
     LOWEST,
-    REGISTERS,
     ROWS,
     Shared,
     Work,
@@ -45,6 +44,7 @@ from shardwright.kernels.gluon.attention_parts import (
     blocks_of,
     is_edge,
     mask_scores,
+    options,
     pass_turn,
     release,
     release_all,
@@ -69,8 +69,7 @@ from shardwright.kernels.gluon.units import (
     no_posts,
     post,
     receive,
-    reserve,
-    unit_of,
+    take,
 )
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
@@ -115,7 +114,7 @@ def forward(
         _forward_kernel,
         (min(num_tiles * heads, processors(q.device)),),
         *_arguments((q, k, v), out, lse, (table, num_tiles), scores, config),
-        **_options(dim, scores, config),
+        **options(dim, scores, config),
     )
     return out, lse
 
@@ -137,17 +136,6 @@ def _arguments(
     return *descriptors, lse, table, *sizes, math.log2(math.e) * scores.scale
 
 
-def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
-    return {
-        "DIM": dim,
-        "CAUSAL": scores.causal,
-        "WINDOWED": scores.window is not None,
-        "REGISTERS": REGISTERS[config.blocks["CONSUMERS"]],
-        **config.arguments,
-        "enable_fp_fusion": True,
-    }
-
-
 @gluon.jit
 def _load_tile(desc, bars, slot, buffer, row, end, column):
     mbarrier.expect(bars.index(slot), desc.block_type.nbytes)
@@ -161,7 +149,7 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
     slot = 0
     phase = 0
     number = 0
-    unit = unit_of(work.queue, reserve(work.queue))
+    unit = take(work.queue)
     post(shared.posts, 0, unit)
     while unit.begin < unit.end:
         head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
@@ -181,7 +169,7 @@ def _produce(shared, work, q_desc, k_desc, v_desc):
             _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
             slot, phase = next_slot, next_phase
             row -= work.BLOCK_N
-        unit = unit_of(work.queue, reserve(work.queue))  # no earlier: all might wait at the end for one taken early
+        unit = take(work.queue)  # no earlier: all might wait at the end for one taken early
         await_room(work, slot, 1)
         _load_tile(v_desc, shared.v_full, slot, shared.v, row, end, column)
         slot, phase = advance(slot, phase, STAGES)
@@ -361,4 +349,4 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention forward {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
                 arguments = _arguments((x, x, x), x, lse, (integers, 14), scores, config)
-                yield label, _forward_kernel, arguments, _options(dim, scores, config)
+                yield label, _forward_kernel, arguments, options(dim, scores, config)

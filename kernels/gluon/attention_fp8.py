@@ -38,7 +38,6 @@ from shardwright.kernels.gluon.attention_parts import (
     CACHED_BYTES,
     LN2,
     LOWEST,
-    REGISTERS,
     ROWS,
     Shared,
     Work,
@@ -47,6 +46,7 @@ from shardwright.kernels.gluon.attention_parts import (
     blocks_of,
     is_edge,
     mask_scores,
+    options,
     release,
     release_all,
     store_lse,
@@ -69,8 +69,7 @@ from shardwright.kernels.gluon.units import (
     no_posts,
     post,
     receive,
-    reserve,
-    unit_of,
+    take,
 )
 from shardwright.kernels.gluon.weights_fp8 import exponentiate, highest, operand, pack
 from shardwright.kernels.triton.attention_forward import Documents, Scores
@@ -116,7 +115,7 @@ def forward(
         _forward_kernel,
         (min(num_tiles * heads, processors(device)),),
         *_arguments(quantised, out, lse, (table, num_tiles), scores),
-        **_options(dim, scores, config),
+        **options(dim, scores, config),
     )
     return out, lse
 
@@ -150,17 +149,6 @@ def _arguments(
     return *descriptors, *quantised[3:], lse, table, *sizes, math.log2(math.e) * scores.scale
 
 
-def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
-    return {
-        "DIM": dim,
-        "CAUSAL": scores.causal,
-        "WINDOWED": scores.window is not None,
-        "REGISTERS": REGISTERS[config.blocks["CONSUMERS"]],
-        **config.arguments,
-        "enable_fp_fusion": True,
-    }
-
-
 @aggregate
 class _Tiles:
     """Where tiles lie, and their scales, see `Quantised`."""
@@ -187,7 +175,7 @@ def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
     number = 0
     heads = work.queue.heads
     kv_heads = heads // work.group
-    unit = unit_of(work.queue, reserve(work.queue))
+    unit = take(work.queue)
     post(shared.posts, 0, unit)
     while unit.begin < unit.end:
         head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
@@ -209,7 +197,7 @@ def _produce(shared, work, tiles, q_desc, k_desc, v_desc):
             _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
             slot, phase = next_slot, next_phase
             kv -= kv_heads
-        unit = unit_of(work.queue, reserve(work.queue))
+        unit = take(work.queue)
         await_room(work, slot, 1)
         _load_rows(v_desc, shared.v_full, slot, shared.v, kv * work.DIM)
         slot, phase = advance(slot, phase, STAGES)
@@ -407,4 +395,4 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
                 blocks = " ".join(f"{key.lower()}={value}" for key, value in config.blocks.items())
                 label = f"gluon attention fp8 {name} {str(dtype)[6:]} head_dim={dim} {blocks}"
                 arguments = _arguments(quantised, out, lse, (tiles, 14), scores)
-                yield label, _forward_kernel, arguments, _options(dim, scores, config)
+                yield label, _forward_kernel, arguments, options(dim, scores, config)

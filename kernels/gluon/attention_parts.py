@@ -10,6 +10,7 @@ Shapes: P packed tokens, H query heads, D head size.
 # No `from __future__ import annotations`: Triton 3.6 reads the types of an aggregate's fields as they are.
 
 import math
+from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,13 +18,27 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from shardwright.kernels.gluon.hopper import aggregate, meet, pass_by, place, store
 from shardwright.kernels.gluon.units import Posts, Queue
+from shardwright.kernels.triton.attention_forward import Scores
+from shardwright.kernels.triton.config import Config
 
 LN2 = gl.constexpr(math.log(2))
 HIDDEN = gl.constexpr(float("-inf"))  # score of a key that a query does not see
 LOWEST = gl.constexpr(-1.0e30)  # what a row's highest score is at least, as it may see no key of its first block
 ROWS = gl.constexpr(64)  # queries of a warpgroup
-REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
+_REGISTERS = {2: (240, 24), 3: (160, 24)}  # of a thread of a consumer after the first, and of the producer
 CACHED_BYTES = 16 * 2**20  # keys and values that stay in the second-level cache together
+
+
+def options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
+    """Return the keyword arguments of a launch."""
+    return {
+        "DIM": dim,
+        "CAUSAL": scores.causal,
+        "WINDOWED": scores.window is not None,
+        "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
+        **config.arguments,
+        "enable_fp_fusion": True,
+    }
 
 
 @aggregate

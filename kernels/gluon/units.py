@@ -117,7 +117,7 @@ class Unit:
 
 
 @gluon.jit
-def reserve(queue):
+def _reserve(queue):
     """Return the number of a unit that nobody else gets, of one after the last if there is none."""
     return uniform(gl.atomic_add(queue.counter, 1))
 
@@ -135,11 +135,12 @@ def _look_up(queue, number):
 
 
 @gluon.jit
-def unit_of(queue, number):
-    """Return a reserved unit, or if it is empty the next that is not."""
+def take(queue):
+    """Return the next unit that nobody has taken and that is not empty."""
+    number = _reserve(queue)
     unit = _look_up(queue, number)
     while (unit.begin >= unit.end) & (number < queue.num_tiles * queue.heads):
-        number = reserve(queue)
+        number = _reserve(queue)
         unit = _look_up(queue, number)
     return unit
 

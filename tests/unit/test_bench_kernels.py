@@ -58,6 +58,9 @@ def test_only_that_matches_nothing_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench(monkeypatch, tmp_path / "page.md", "--only", "nothing like it")
     assert "--only nothing like it matches no case" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench(monkeypatch, tmp_path / "page.md", "--only", "rms_norm", "--implementations", "fa9")
+    assert "--implementations fa9 matches none of compiled, liger" in capsys.readouterr().err
 
 
 @pytest.mark.slow
