@@ -1,10 +1,10 @@
 """FlashAttention backward over packed documents, for Hopper: five products a block, none of them twice.
 
-A program is one warp that loads and two warpgroups with 64 keys each. All scores are transposed, keys by queries: so
-weights and their gradients are operands from registers where the gradients of values and keys are summed. For the
-gradients of queries both warpgroups write theirs to shared memory and then multiply all 128 keys, each for its half of
-the result, which the memory adds to sums in float32. The order of these additions is not fixed: gradients of queries
-may differ in their last bits from run to run, those of keys and values do not.
+A program is one warp that loads, one that tells what is done, and two warpgroups with 64 keys each. All scores are
+transposed, keys by queries: so weights and their gradients are operands from registers where the gradients of values
+and keys are summed. For the gradients of queries both warpgroups write theirs to shared memory and then multiply all
+128 keys, each for its half of the result, which the memory adds to sums in float32. The order of these additions is not
+fixed: gradients of queries may differ in their last bits from run to run, those of keys and values do not.
 
 That product is one block of queries late. So the warpgroups need not meet in each block, but drift apart, and one
 multiplies while the other exponentiates. Also, each starts the scores of its next block before this one ends.
@@ -35,8 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shardwright.kernels.gluon.attention_sums import TILE, add_to_sums, convert, prepare
+from shardwright.kernels.gluon.attention_sums import FINISHED, TILE, add_to_sums, convert, prepare
 from shardwright.kernels.gluon.attention_units import Job, work_of
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
@@ -94,7 +95,7 @@ def backward(
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     config = config or pick("gluon_attention_backward", f"head_dim={dim}", lambda: CONFIGS[dim], q.device)
     tiles = documents.tiles(TILE.value)
-    rows, sums, counter = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
+    rows, sums, counters = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
     dkv = torch.empty((2 * tokens, kv_heads, dim), dtype=k.dtype, device=k.device)
     dq = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     item_bytes = 2 + 2 + 4  # of queries, gradients of the output, sums; programs go through a group's heads in step
@@ -103,10 +104,11 @@ def backward(
     launch_kernel(
         _key_kernel,
         (min(len(tiles) * kv_heads, processors(q.device)),),
-        *_arguments((q, k, v), dout, dkv, (rows, sums, counter), tiles, together, scores, config),
+        *_arguments((q, k, v), dout, dkv, (rows, sums, counters), tiles, together, scores, config),
         **_options(dim, scores, config),
     )
-    convert(sums, tiles, dq, scores.scale)
+    group = heads // kv_heads
+    convert((sums, counters), tiles, dq, together * group, group, scores)
     return dq, dkv[:tokens], dkv[tokens:]
 
 
@@ -120,10 +122,10 @@ def _arguments(
     scores: Scores,
     config: Config,
 ) -> tuple[Any, ...]:
-    (q, k, v), (rows, sums, counter), block_m = inputs, prepared, config.blocks["BLOCK_M"]
+    (q, k, v), (rows, sums, counters), block_m = inputs, prepared, config.blocks["BLOCK_M"]
     descriptors = (
         *(ragged(q, block_m), ragged(k, ROWS.value), ragged(v, ROWS.value), ragged(dout, block_m)),
-        *(ragged(dkv, ROWS.value), _stretches(rows, rows.numel(), 2 * block_m), sums, counter),
+        *(ragged(dkv, ROWS.value), _stretches(rows, rows.numel(), 2 * block_m), sums, counters),
     )
     sizes = (len(tiles), len(k), k.shape[1], q.shape[1] // k.shape[1], together, scores.window or 0)
     return *descriptors, tiles, *sizes, math.log2(math.e) * scores.scale, scores.scale
@@ -140,6 +142,7 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
         **{"CAUSAL": scores.causal, "WINDOWED": scores.window is not None},
         **config.arguments,
         "enable_fp_fusion": True,
+        "launch_pdl": True,
     }
 
 
@@ -322,6 +325,19 @@ def _add(dk, dv, scores, turn, step, stage, phase, more, shared, work, sums, at,
 
 
 @gluon.jit
+def _announce(shared, job):
+    """Tell the next kernel which units both warpgroups have added; in a warp that may wait for the memory."""
+    number = 0
+    unit = receive(shared.posts, 0, 1)
+    while unit.begin < unit.end:
+        mbarrier.wait(shared.kv_empty.index(0), number & 1)
+        finished = job.queue.counter + FINISHED + unit.head * job.queue.num_tiles + unit.tile
+        gl.atomic_add(finished, 1, sem="release")
+        number += 1
+        unit = receive(shared.posts, number, 1)
+
+
+@gluon.jit
 def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.constexpr):
     """Write the gradients of 64 keys and values of one unit after the other, from all query heads that read them."""
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, job.DIM, 16])
@@ -329,7 +345,7 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
     out = shared.out.index(CONSUMER)
     number, stage, phase, step = 0, 0, 0, 0
     _end_step(2, CONSUMER)
-    unit = receive(shared.posts, 0)
+    unit = receive(shared.posts, 0, 4)
     while unit.begin < unit.end:
         work = work_of(job, unit)
         dk = gl.zeros([ROWS, work.DIM], gl.float32, SUMS)
@@ -359,8 +375,8 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
         dq = warpgroup_mma_wait(0, deps=[dq])
         _end_step(step, CONSUMER)
         step ^= 2
-        mbarrier.arrive(shared.kv_empty.index(0))
         add_to_sums(sums + (last.to(gl.int64) * work.DIM + CONSUMER * HALF * HALF), dq)
+        mbarrier.arrive(shared.kv_empty.index(0))
         begin = work.begin + CONSUMER * ROWS
         tma.store_wait(0)  # of the unit before
         out.reshape([ROWS, work.DIM]).store(dv.to(dtype))
@@ -372,7 +388,7 @@ def _consume(shared, job, dkv_desc, sums, tokens, factor, scale, CONSUMER: gl.co
         fence_async_shared()
         store(dkv_desc, place(begin, work.end, work.kv_head * work.DIM), out)
         number += 1
-        unit = receive(shared.posts, number)
+        unit = receive(shared.posts, number, 4)
     _await_other(step, CONSUMER)  # no arrival is left over
     tma.store_wait(0)
 
@@ -386,7 +402,7 @@ def _key_kernel(  # noqa: PLR0913
     dkv_desc,
     rows_desc,
     sums,
-    counter,
+    counters,
     tiles,
     num_tiles,
     tokens,
@@ -415,17 +431,20 @@ def _key_kernel(  # noqa: PLR0913
         *(barriers(1, 1), barriers(1, 1), barriers(1, 2)),
         *(barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), no_posts()),
     )
-    queue = Queue(counter, tiles, num_tiles, kv_heads, together)
+    queue = Queue(counters, tiles, num_tiles, kv_heads, together)
     job = Job(queue, group, window, DIM, BLOCK_M, CAUSAL, WINDOWED, EARLY)
     fence_async_shared()
+    gdc_wait()
+    gdc_launch_dependents()
     gl.warp_specialize(
         [
             (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 0)),
             (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 1)),
             (_produce, (shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc)),
+            (_announce, (shared, job)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )
 
 

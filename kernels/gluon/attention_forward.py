@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_wait
 
 from shardwright.kernels.gluon.attention_parts import (
     CACHED_BYTES,
@@ -213,7 +214,7 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
     release_all(work)
     if CONSUMER == work.CONSUMERS - 1:
         pass_turn(work, CONSUMER)
-    unit = receive(shared.posts, 0)
+    unit = receive(shared.posts, 0, 4)
     while unit.begin < unit.end:
         head, begin, start, end = unit.head, unit.begin, unit.start, unit.end
         block, count, bare_first, bare_last = blocks_of(work, begin, start, end)
@@ -263,7 +264,7 @@ def _consume(shared, work, out_desc, lse, tokens, factor, CONSUMER: gl.constexpr
         v = shared.v.index(slot).reshape([work.BLOCK_N, work.DIM])
         acc = warpgroup_mma(weights, v, acc, is_async=True)
         number += 1
-        unit = receive(shared.posts, number)
+        unit = receive(shared.posts, number, 4)
         sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SUMS), assert_trivial=True)
         top = gl.convert_layout(top, gl.SliceLayout(1, SUMS), assert_trivial=True)
         store_lse(lse + head.to(gl.int64) * tokens, (top + gl.log2(sums)) * LN2, row, end)
@@ -316,6 +317,7 @@ def _forward_kernel(  # noqa: PLR0913
     queue = Queue(table, table + HEADER, num_tiles, heads, together)
     work = Work(queue, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, TURNS, CAUSAL, WINDOWED)
     fence_async_shared()
+    gdc_wait()
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from shardwright.kernels.gluon.attention_parts import (
     CACHED_BYTES,
@@ -247,7 +248,7 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
     phase = 0
     number = 0
     release_all(work)
-    unit = receive(shared.posts, 0)
+    unit = receive(shared.posts, 0, 4)
     first = gl.load(tiles.firsts + unit.start)
     spot, q_scale, k_scale, v_scale, next_k_scale = _first_scales(work, tiles, unit, first, CONSUMER)
     while unit.begin < unit.end:
@@ -301,7 +302,7 @@ def _consume(shared, work, tiles, out_desc, lse, tokens, factor, CONSUMER: gl.co
         p = operand(weights, OPERAND)
         acc = warpgroup_mma(p, shared.v.index(slot).permute((1, 0)), acc, is_async=True)
         number += 1
-        unit = receive(shared.posts, number)
+        unit = receive(shared.posts, number, 4)
         first = gl.load(tiles.firsts + unit.start)
         old_v_scale = v_scale
         spot, q_scale, k_scale, v_scale, next_k_scale = _first_scales(work, tiles, unit, first, CONSUMER)
@@ -360,6 +361,7 @@ def _forward_kernel(  # noqa: PLR0913
     work = Work(queue, group, window, DIM, BLOCK_N, CONSUMERS, STAGES, False, CAUSAL, WINDOWED)
     blocks = _Tiles(firsts, q_scales, k_scales, v_scales, num_blocks)
     fence_async_shared()
+    gdc_wait()
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

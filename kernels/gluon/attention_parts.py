@@ -38,6 +38,7 @@ def options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
         "REGISTERS": _REGISTERS[config.blocks["CONSUMERS"]],
         **config.arguments,
         "enable_fp_fusion": True,
+        "launch_pdl": True,
     }
 
 

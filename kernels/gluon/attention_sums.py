@@ -2,7 +2,8 @@
 
 A first kernel writes two numbers of every query, block by block: the log-sum-exp, infinite after the end of a document,
 where all weights become zero; and the delta that is taken from the gradients of weights. It also clears the sums in
-float32, which a last kernel converts. Sums lie as the threads that add to them have them.
+float32, which a last kernel converts. Sums lie as the threads that add to them have them. All are launched at once
+(programmatic dependent launch): the last one takes over processors on which the one that adds has nothing left to do.
 
 Shapes: P packed tokens, H query heads, D head size, M tiles.
 """
@@ -19,11 +20,14 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shardwright.kernels.triton.attention_forward import LOG2E, load_tile, read_tile, store_tile
+from shardwright.kernels.gluon.hopper import VARIANTS
+from shardwright.kernels.triton.attention_forward import LOG2E, Scores, load_tile, read_tile, store_tile
 from shardwright.kernels.triton.launch import launch_kernel
 
 TILE = gl.constexpr(128)  # tokens
+FINISHED = gl.constexpr(1)  # where in the counters it says which tiles of keys of a head have been added, by head
 SIDE = gl.constexpr(64)  # rows and columns that a warpgroup adds at a time
 
 
@@ -33,53 +37,77 @@ def prepare(
     tiles: torch.Tensor,
     block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return float32 [H * M * TILE * 2], for each block -log2(e) * lse, then -delta; sums [H * M * TILE, D]; int32 0.
+    """Return what the kernel that adds to the sums begins with.
 
     Args:
         outputs: of the forward: attended values [P, H, D], log-sum-exp [H, P].
         gradients: of the outputs; None for a log-sum-exp that nobody used.
         tiles: of TILE tokens, of all documents in their order.
         block: queries of a block.
+
+    Returns:
+        Of each block of queries -log2(e) * lse, then -delta, float32 [H * M * TILE * 2]; zeros, float32 [H * M * TILE,
+        D], the sums; zeros, int32 [FINISHED + H * M], how many units are taken, and which tiles of keys are finished.
     """
     (out, lse), (dout, dlse) = outputs, gradients
     tokens, heads, dim = out.shape
     padded = heads * len(tiles) * TILE.value
     rows = torch.empty(padded * 2, dtype=torch.float32, device=out.device)
     sums = torch.empty((padded, dim), dtype=torch.float32, device=out.device)
-    counter = torch.empty(1, dtype=torch.int32, device=out.device)
+    counters = torch.empty(FINISHED.value + heads * len(tiles), dtype=torch.int32, device=out.device)
     dlse = None if dlse is None else dlse.contiguous()
     strides = (out.stride(0), dout.stride(0))
     launch_kernel(
         _prepare_kernel,
         (len(tiles) * heads,),
-        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, counter, *strides, tokens, heads),
+        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, counters, *strides, tokens, heads),
         DIM=dim,
         BLOCK_M=block,
         TILE=TILE.value,
         num_warps=8,
+        launch_pdl=True,
     )
-    return rows, sums, counter
+    return rows, sums, counters
 
 
-def convert(sums: torch.Tensor, tiles: torch.Tensor, dq: torch.Tensor, scale: float) -> torch.Tensor:
-    """Write scaled sums to the gradients of queries [P, H, D], and return these.
+def convert(
+    prepared: tuple[torch.Tensor, torch.Tensor],
+    tiles: torch.Tensor,
+    dq: torch.Tensor,
+    together: int,
+    group: int,
+    scores: Scores,
+) -> None:
+    """Write scaled sums to the gradients of queries.
+
+    This begins before the kernel that adds to them ends: where processors have no more units, with finished tiles.
 
     Args:
-        sums: as `prepare` made them.
+        prepared: sums and counters of `prepare`, to which the kernel launched just before this adds.
         tiles: likewise.
-        dq: to be written, contiguous.
-        scale: of the sums.
+        dq: to be written, contiguous [P, H, D].
+        together: heads of queries whose tiles are done together.
+        group: heads of queries for each of keys.
+        scores: as in the forward.
     """
-    _, heads, dim = dq.shape
+    (sums, counters), (_, heads, dim) = prepared, dq.shape
     launch_kernel(
         _convert_kernel,
         (len(tiles) * heads,),
-        *(sums, dq, tiles, heads, scale),
-        DIM=dim,
-        TILE=TILE.value,
-        num_warps=8,
+        *(sums, dq, tiles, counters, heads, together, group, scores.window or 0, scores.scale),
+        **_convert_options(dim, scores),
     )
-    return dq
+
+
+def _convert_options(dim: int, scores: Scores) -> dict[str, Any]:
+    return {
+        "DIM": dim,
+        "CAUSAL": scores.causal,
+        "WINDOWED": scores.window is not None,
+        "TILE": TILE.value,
+        "num_warps": 8,
+        "launch_pdl": True,
+    }
 
 
 @gluon.jit
@@ -109,7 +137,7 @@ def _prepare_kernel(  # noqa: PLR0913
     tiles,
     rows,
     sums,
-    counter,
+    counters,
     out_stride,
     dout_stride,
     tokens,
@@ -118,9 +146,12 @@ def _prepare_kernel(  # noqa: PLR0913
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write what a tile of queries of one head needs, in blocks, and clear its sums; the first one, the counter."""
+    """Write what a tile of queries of one head needs, in blocks, and clear its sums and counters."""
+    gdc_wait()
+    gdc_launch_dependents()
+    tl.store(counters + FINISHED + tl.program_id(0), 0)
     if tl.program_id(0) == 0:
-        tl.store(counter, 0)
+        tl.store(counters, 0)
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
     begin, _, end = read_tile(tiles, tile)
     if begin >= end:
@@ -142,17 +173,65 @@ def _prepare_kernel(  # noqa: PLR0913
 
 
 @triton.jit
-def _convert_kernel(sums, dq, tiles, heads, scale, DIM: tl.constexpr, TILE: tl.constexpr):
-    """Convert the sums of one tile of queries of one head."""
-    head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
-    begin, _, end = read_tile(tiles, tile)
-    if begin >= end:
-        return
-    padded = (tl.cast(head, tl.int64) * (tl.num_programs(0) // heads) + tile) * TILE
-    total = tl.load(sums + padded * DIM + tl.arange(0, TILE * DIM))
-    # 64 rows, 64 columns, 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column
-    total = total.reshape(TILE // 64, DIM // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
-    store_tile(dq + head * DIM, total.reshape(TILE, DIM) * scale, begin, end, heads * DIM, TILE, DIM, DIM)
+def _await_keys(finished, first, last):
+    """Wait until tiles of keys from the first to the last are finished."""
+    lanes = tl.arange(0, 128)
+    for at in range(first, last + 1, 128):
+        missing = 1
+        while missing > 0:
+            done = tl.inline_asm_elementwise(
+                "ld.relaxed.gpu.global.u32 $0, [$1];",
+                "=r,l",
+                [(finished + tl.minimum(at + lanes, last)).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            missing = tl.max(1 - done, 0)
+            if missing > 0:
+                tl.inline_asm_elementwise(
+                    "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [1000 + lanes], dtype=tl.int32, is_pure=False, pack=1
+                )
+    tl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [lanes], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["heads", "together", "group", "window"])
+def _convert_kernel(  # noqa: PLR0913
+    sums,
+    dq,
+    tiles,
+    counters,
+    heads,
+    together,
+    group,
+    window,
+    scale,
+    DIM: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Convert the sums of one tile of queries of one head; programs go by tiles as those did which add to them."""
+    num_tiles = tl.num_programs(0) // heads
+    number, chunk = tl.program_id(0), num_tiles * together
+    tile, head = number % chunk // together, number // chunk * together + number % together
+    begin, start, end = read_tile(tiles, tile)
+    if begin < end:
+        first = tile - (begin - start) // TILE
+        last = tile
+        if not CAUSAL:
+            last = first + tl.cdiv(end - start, TILE) - 1
+        if WINDOWED:
+            first = tl.maximum(first, last - (window + TILE - 2) // TILE)
+        _await_keys(counters + FINISHED + head // group * num_tiles, first, last)
+        padded = tl.cast(head * num_tiles + tile, tl.int64) * TILE
+        total = tl.load(sums + padded * DIM + tl.arange(0, TILE * DIM), cache_modifier=".cg")
+        # 64 rows, 64 columns, 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column
+        total = total.reshape(TILE // 64, DIM // 64, 8, 4, 8, 4, 2, 2).permute(0, 3, 6, 4, 1, 2, 5, 7)
+        store_tile(dq + head * DIM, total.reshape(TILE, DIM) * scale, begin, end, heads * DIM, TILE, DIM, DIM)
+    gdc_wait()  # so that what comes after this kernel comes after the one before it too
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
@@ -161,7 +240,10 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     for dim, block in ((64, 128), (128, 64)):
         x, row = torch.empty((256, 4, dim), dtype=torch.bfloat16), torch.empty(4 * 256)
         args = (x, x, row, row, tiles, row, row, tiles, 4 * dim, 4 * dim, 256, 4)
-        constants = {"DIM": dim, "BLOCK_M": block, "TILE": TILE.value, "num_warps": 8}
+        constants = {"DIM": dim, "BLOCK_M": block, "TILE": TILE.value, "num_warps": 8, "launch_pdl": True}
         yield f"gluon attention backward prepare head_dim={dim}", _prepare_kernel, args, constants
-        constants = {"DIM": dim, "TILE": TILE.value, "num_warps": 8}
-        yield f"gluon attention backward convert head_dim={dim}", _convert_kernel, (row, x, tiles, 4, 0.1), constants
+        for name, scores, dtype in VARIANTS:
+            if dtype == x.dtype:
+                label = f"gluon attention backward convert {name} head_dim={dim}"
+                args = (row, x, tiles, tiles, 4, 2, 2, 100, 0.1)
+                yield label, _convert_kernel, args, _convert_options(dim, scores)

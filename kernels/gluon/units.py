@@ -119,7 +119,7 @@ class Unit:
 @gluon.jit
 def _reserve(queue):
     """Return the number of a unit that nobody else gets, of one after the last if there is none."""
-    return uniform(gl.atomic_add(queue.counter, 1))
+    return uniform(gl.atomic_add(queue.counter, 1, sem="relaxed"))
 
 
 @gluon.jit
@@ -171,17 +171,18 @@ def post(posts, count, unit):
 
 
 @gluon.jit
-def _field(posts, count, WHICH: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+def _field(posts, count, WHICH: gl.constexpr, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return uniform(gl.max(posts.units.index((count & 1) * _FIELDS + WHICH).load(LAYOUT), 0))
 
 
 @gluon.jit
-def receive(posts, count):
-    """Return, to a warpgroup, the unit that comes after `count` others."""
+def receive(posts, count, WARPS: gl.constexpr):
+    """Return, to so many warps, the unit that comes after `count` others."""
     mbarrier.wait(posts.full.index(count & 1), count >> 1 & 1)
-    tile, head = _field(posts, count, 0), _field(posts, count, 1)
-    return Unit(tile, head, _field(posts, count, 2), _field(posts, count, 3), _field(posts, count, 4))
+    tile, head = _field(posts, count, 0, WARPS), _field(posts, count, 1, WARPS)
+    begin, start, end = _field(posts, count, 2, WARPS), _field(posts, count, 3, WARPS), _field(posts, count, 4, WARPS)
+    return Unit(tile, head, begin, start, end)
 
 
 def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
