@@ -148,7 +148,10 @@ def _options(dim: int, scores: Scores, config: Config) -> dict[str, Any]:
 
 @aggregate
 class _Shared:
-    """Buffers, and barriers that tell when they are loaded and when both warpgroups are through with them."""
+    """Buffers, and barriers that tell when they are loaded and when both warpgroups are through with them.
+
+    `kv_empty` also waits for the warp that announces, so that this is never more than one unit behind.
+    """
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -330,6 +333,7 @@ def _announce(shared, job):
     number = 0
     unit = receive(shared.posts, 0, 1)
     while unit.begin < unit.end:
+        mbarrier.arrive(shared.kv_empty.index(0))  # received: without it, the post could give way to a later one unread
         mbarrier.wait(shared.kv_empty.index(0), number & 1)
         finished = job.queue.counter + FINISHED + unit.head * job.queue.num_tiles + unit.tile
         gl.atomic_add(finished, 1, sem="release")
@@ -428,7 +432,7 @@ def _key_kernel(  # noqa: PLR0913
         gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout),
         gl.allocate_shared_memory(dtype, [4, ROWS, BLOCK_M], gl.NVMMASharedLayout(128, 16, 2)),
         gl.allocate_shared_memory(dtype, [2, 1, 1, ROWS, DIM], dkv_desc.layout),
-        *(barriers(1, 1), barriers(1, 1), barriers(1, 2)),
+        *(barriers(1, 1), barriers(1, 1), barriers(1, 3)),
         *(barriers(STAGES, 1), barriers(STAGES, 1), barriers(STAGES, 2), no_posts()),
     )
     queue = Queue(counters, tiles, num_tiles, kv_heads, together)

@@ -162,7 +162,7 @@ def no_posts():
 
 @gluon.jit
 def post(posts, count, unit):
-    """Tell the warpgroups which unit comes after `count` others; they must have received the one before the last."""
+    """Tell the other warps which unit comes after `count` others; all must have received the one before the last."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     fields = (unit.tile, unit.head, unit.begin, unit.start, unit.end)
     for i in gl.static_range(_FIELDS):
