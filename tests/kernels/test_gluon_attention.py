@@ -105,7 +105,7 @@ def test_a_thousand_backwards_are_alike_but_for_the_order_of_sums(dim, config):
 @needs_hopper
 @pytest.mark.parametrize("dim", [64, 128])
 def test_documents_of_a_single_block_go_by_in_time(dim):
-    inputs, gradients, documents, scores, theirs, truth = case(dim, lengths=tuple(range(1, 65)) * 2)
+    inputs, gradients, documents, scores, theirs, truth = case(dim, lengths=tuple(range(1, 65)) * 8)
     outputs = attention_forward.forward(*inputs, documents, scores)
     for _ in range(200):
         found = attention_backward.backward(inputs, outputs, gradients, documents, scores)
