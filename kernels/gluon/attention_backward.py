@@ -37,7 +37,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shardwright.kernels.gluon.attention_sums import FINISHED, TILE, add_to_sums, convert, prepare
+from shardwright.kernels.gluon.attention_sums import (
+    STATES,
+    TILE,
+    add_to_sums,
+    await_cleared,
+    clear_sums,
+    convert,
+    prepare,
+    raise_state,
+)
 from shardwright.kernels.gluon.attention_units import Job, work_of
 from shardwright.kernels.gluon.hopper import (
     VARIANTS,
@@ -56,13 +65,12 @@ from shardwright.kernels.gluon.hopper import (
 from shardwright.kernels.gluon.units import Posts, Queue, heads_together, no_posts, post, receive, take
 from shardwright.kernels.triton.attention_forward import Documents, Scores
 from shardwright.kernels.triton.config import Config, pick
-from shardwright.kernels.triton.launch import Address, kept, launch_kernel
+from shardwright.kernels.triton.launch import Address, cdiv, kept, launch_kernel
 
 ROWS = gl.constexpr(64)  # keys of a warpgroup
 STAGES = gl.constexpr(3)  # blocks of queries in shared memory: worked on, next, and on its way
 FIRST = gl.constexpr(9)  # number of the first of four barriers of both warpgroups; those up to 8 are Triton's
 HALF = gl.constexpr(64)  # rows, and columns, of the part of the queries' gradients that a warpgroup makes
-_CACHED_BYTES = 32 * 2**20  # what programs that run together should share in the second-level cache
 
 
 def _config(block_m: int, early: int) -> Config:
@@ -95,20 +103,19 @@ def backward(
     (tokens, heads, dim), kv_heads = q.shape, k.shape[1]
     config = config or pick("gluon_attention_backward", f"head_dim={dim}", lambda: CONFIGS[dim], q.device)
     tiles = documents.tiles(TILE.value)
-    rows, sums, counters = prepare((out, outputs[1]), (dout, gradients[1]), tiles, config.blocks["BLOCK_M"])
     dkv = torch.empty((2 * tokens, kv_heads, dim), dtype=k.dtype, device=k.device)
     dq = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    item_bytes = 2 + 2 + 4  # of queries, gradients of the output, sums; programs go through a group's heads in step
-    head_bytes = item_bytes * min(documents.longest, tokens) * dim
-    together = heads_together(kv_heads, head_bytes, _CACHED_BYTES)
+    # As few as keep all programs busy: heads that end early are converted early, and what they read stays cached.
+    together = heads_together(kv_heads, cdiv(min(documents.longest, tokens), TILE.value), processors(q.device))
+    group, block = heads // kv_heads, config.blocks["BLOCK_M"]
+    prepared = prepare((out, outputs[1]), (dout, gradients[1]), tiles, block, together * group, group)
     launch_kernel(
         _key_kernel,
         (min(len(tiles) * kv_heads, processors(q.device)),),
-        *_arguments((q, k, v), dout, dkv, (rows, sums, counters), tiles, together, scores, config),
+        *_arguments((q, k, v), dout, dkv, prepared, tiles, together, scores, config),
         **_options(dim, scores, config),
     )
-    group = heads // kv_heads
-    convert((sums, counters), tiles, dq, together * group, group, scores)
+    convert(prepared[1:], tiles, dq, together * group, group, scores)
     return dq, dkv[:tokens], dkv[tokens:]
 
 
@@ -178,6 +185,12 @@ def _load_pair(desc, bar, buffer, row, end, column):
 
 
 @gluon.jit
+def _states(job, head):
+    """Return where the states of a head's tiles are."""
+    return job.queue.counter + STATES + head * job.queue.num_tiles
+
+
+@gluon.jit
 def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
     """Load the keys and values of units, and one block of queries after the other, as soon as there is room."""
     number, stage, phase = 0, 0, 0
@@ -186,6 +199,8 @@ def _produce(shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc):
     while unit.begin < unit.end:
         work = work_of(job, unit)
         column = work.kv_head * work.DIM
+        first, last = (work.padded + work.first) // TILE, (work.padded + work.last - 1) // TILE
+        await_cleared(_states(job, unit.head), first, last)
         waiting = True
         for head in range(work.kv_head * work.group, (work.kv_head + 1) * work.group):
             for at in range(work.first, work.last, work.BLOCK_M):
@@ -328,17 +343,31 @@ def _add(dk, dv, scores, turn, step, stage, phase, more, shared, work, sums, at,
 
 
 @gluon.jit
-def _announce(shared, job):
-    """Tell the next kernel which units both warpgroups have added; in a warp that may wait for the memory."""
+def _clear_ahead(job, unit, sums):
+    """Clear sums of this tile: of the heads that come when those are done that are done together with this one."""
+    queue = job.queue
+    head = unit.head + queue.together
+    if (unit.begin < unit.end) & (head < queue.heads):
+        for i in range(job.group):
+            row = ((head * job.group + i) * queue.num_tiles + unit.tile) * TILE
+            clear_sums(sums + row.to(gl.int64) * job.DIM, TILE * job.DIM)
+        raise_state(_states(job, head) + unit.tile)
+
+
+@gluon.jit
+def _announce(shared, job, sums):
+    """Clear sums, and tell the next kernel what both warpgroups have added; in a warp that may wait for memory."""
     number = 0
     unit = receive(shared.posts, 0, 1)
+    _clear_ahead(job, unit, sums)
     while unit.begin < unit.end:
         mbarrier.arrive(shared.kv_empty.index(0))  # received: without it, the post could give way to a later one unread
+        after = receive(shared.posts, number + 1, 1)
+        _clear_ahead(job, after, sums)
         mbarrier.wait(shared.kv_empty.index(0), number & 1)
-        finished = job.queue.counter + FINISHED + unit.head * job.queue.num_tiles + unit.tile
-        gl.atomic_add(finished, 1, sem="release")
+        raise_state(_states(job, unit.head) + unit.tile)
         number += 1
-        unit = receive(shared.posts, number, 1)
+        unit = after
 
 
 @gluon.jit
@@ -445,7 +474,7 @@ def _key_kernel(  # noqa: PLR0913
             (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 0)),
             (_consume, (shared, job, dkv_desc, sums, tokens, factor, scale, 1)),
             (_produce, (shared, job, q_desc, k_desc, v_desc, dout_desc, rows_desc)),
-            (_announce, (shared, job)),
+            (_announce, (shared, job, sums)),
         ],
         [4, 1, 1],
         [240, 24, 24],

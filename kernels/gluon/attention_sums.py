@@ -2,14 +2,16 @@
 
 A first kernel writes two numbers of every query, block by block: the log-sum-exp, infinite after the end of a document,
 where all weights become zero; and the delta that is taken from the gradients of weights. It also clears the sums in
-float32, which a last kernel converts. Sums lie as the threads that add to them have them. All are launched at once
-(programmatic dependent launch): the last one takes over processors on which the one that adds has nothing left to do.
+float32 of the heads that come first; those of the others are cleared by programs that are about to work on the heads
+before them, shortly before they are added to, so that they are still in the cache. A last kernel converts the sums.
+These lie as the threads that add to them have them. All kernels are launched at once (programmatic dependent launch):
+the last one takes over processors on which the one that adds has nothing left to do.
 
 Shapes: P packed tokens, H query heads, D head size, M tiles.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
 # (Triton's annotations are those of a kernel's inside; pyright takes them for those of its launch.)
 
 from collections.abc import Iterator
@@ -27,7 +29,8 @@ from shardwright.kernels.triton.attention_forward import LOG2E, Scores, load_til
 from shardwright.kernels.triton.launch import launch_kernel
 
 TILE = gl.constexpr(128)  # tokens
-FINISHED = gl.constexpr(1)  # where in the counters it says which tiles of keys of a head have been added, by head
+STATES = gl.constexpr(1)  # where in the counters the states of all tiles begin, by head of keys
+CLEARED, ADDED = gl.constexpr(1), gl.constexpr(2)  # states: the queries' sums are zero; all that the keys give is added
 SIDE = gl.constexpr(64)  # rows and columns that a warpgroup adds at a time
 
 
@@ -36,6 +39,8 @@ def prepare(
     gradients: tuple[torch.Tensor, torch.Tensor | None],
     tiles: torch.Tensor,
     block: int,
+    together: int,
+    group: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what the kernel that adds to the sums begins with.
 
@@ -44,23 +49,25 @@ def prepare(
         gradients: of the outputs; None for a log-sum-exp that nobody used.
         tiles: of TILE tokens, of all documents in their order.
         block: queries of a block.
+        together: heads of queries whose tiles are done together.
+        group: heads of queries for each of keys.
 
     Returns:
-        Of each block of queries -log2(e) * lse, then -delta, float32 [H * M * TILE * 2]; zeros, float32 [H * M * TILE,
-        D], the sums; zeros, int32 [FINISHED + H * M], how many units are taken, and which tiles of keys are finished.
+        Of each block of queries -log2(e) * lse, then -delta, float32 [H * M * TILE * 2]; the sums, float32 [H * M *
+        TILE, D], zeros for the first heads; int32 [STATES + H / group * M], how many units are taken, 0, and states.
     """
     (out, lse), (dout, dlse) = outputs, gradients
     tokens, heads, dim = out.shape
     padded = heads * len(tiles) * TILE.value
     rows = torch.empty(padded * 2, dtype=torch.float32, device=out.device)
     sums = torch.empty((padded, dim), dtype=torch.float32, device=out.device)
-    counters = torch.empty(FINISHED.value + heads * len(tiles), dtype=torch.int32, device=out.device)
+    counters = torch.empty(STATES.value + heads // group * len(tiles), dtype=torch.int32, device=out.device)
     dlse = None if dlse is None else dlse.contiguous()
     strides = (out.stride(0), dout.stride(0))
     launch_kernel(
         _prepare_kernel,
         (len(tiles) * heads,),
-        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, counters, *strides, tokens, heads),
+        *(out, dout, lse.contiguous(), dlse, tiles, rows, sums, counters, *strides, tokens, heads, together, group),
         DIM=dim,
         BLOCK_M=block,
         TILE=TILE.value,
@@ -128,7 +135,48 @@ def add_to_sums(pointer, values):
     )
 
 
-@triton.jit
+@gluon.jit
+def clear_sums(pointer, SIZE: gl.constexpr):
+    """Zero so many numbers in memory, by one warp."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    spot = gl.arange(0, 512, LAYOUT)
+    for at in range(0, SIZE, 512):
+        gl.store(pointer + (at + spot), gl.zeros([512], gl.float32, LAYOUT))
+
+
+@gluon.jit
+def raise_state(state):
+    """Raise the state of a tile by one, by one warp, after all that its threads have written."""
+    gl.inline_asm_elementwise(
+        "fence.acq_rel.gpu; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+        "=r,r",
+        [gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    gl.atomic_add(state, 1, sem="release")
+
+
+@gluon.jit
+def await_cleared(states, first, last):
+    """Wait, as one warp, until the sums of tiles from the first to the last are zero."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    for at in range(first, last + 1, 32):
+        missing = 1
+        while missing > 0:
+            state = gl.inline_asm_elementwise(
+                "ld.acquire.gpu.global.u32 $0, [$1];",
+                "=r,l",
+                [(states + gl.minimum(at + lanes, last)).to(gl.int64)],
+                dtype=gl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            missing = gl.max(CLEARED - state, 0)
+
+
+@triton.jit(do_not_specialize=["heads", "together", "group"])
 def _prepare_kernel(  # noqa: PLR0913
     out,
     dout,
@@ -142,17 +190,20 @@ def _prepare_kernel(  # noqa: PLR0913
     dout_stride,
     tokens,
     heads,
+    together,
+    group,
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Write what a tile of queries of one head needs, in blocks, and clear its sums and counters."""
+    """Write what a tile of queries of one head needs, in blocks, and its state; of the first heads, clear its sums."""
     gdc_wait()
     gdc_launch_dependents()
-    tl.store(counters + FINISHED + tl.program_id(0), 0)
     if tl.program_id(0) == 0:
         tl.store(counters, 0)
+    num_tiles = tl.num_programs(0) // heads
     head, tile = tl.program_id(0) % heads, tl.program_id(0) // heads
+    tl.store(counters + STATES + head // group * num_tiles + tile, tl.where(head < together, CLEARED, 0))
     begin, _, end = read_tile(tiles, tile)
     if begin >= end:
         return
@@ -164,30 +215,31 @@ def _prepare_kernel(  # noqa: PLR0913
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if dlse is not None:
         delta -= tl.load(dlse + at, mask=inside, other=0.0)
-    padded = (tl.cast(head, tl.int64) * (tl.num_programs(0) // heads) + tile) * TILE
+    padded = (tl.cast(head, tl.int64) * num_tiles + tile) * TILE
     row = rows + padded * 2 + lanes // BLOCK_M * (2 * BLOCK_M) + lanes % BLOCK_M
     tl.store(row, -LOG2E * tl.load(lse + at, mask=inside, other=float("inf")))
     tl.store(row + BLOCK_M, -delta)
-    spot = lanes[:, None] * DIM + tl.arange(0, DIM)[None, :]
-    tl.store(sums + padded * DIM + spot, tl.zeros([TILE, DIM], tl.float32))
+    if head < together:
+        spot = lanes[:, None] * DIM + tl.arange(0, DIM)[None, :]
+        tl.store(sums + padded * DIM + spot, tl.zeros([TILE, DIM], tl.float32))
 
 
 @triton.jit
-def _await_keys(finished, first, last):
-    """Wait until tiles of keys from the first to the last are finished."""
+def _await_added(states, first, last):
+    """Wait until all that keys from the first tile to the last give is added."""
     lanes = tl.arange(0, 128)
     for at in range(first, last + 1, 128):
         missing = 1
         while missing > 0:
-            done = tl.inline_asm_elementwise(
+            state = tl.inline_asm_elementwise(
                 "ld.relaxed.gpu.global.u32 $0, [$1];",
                 "=r,l",
-                [(finished + tl.minimum(at + lanes, last)).to(tl.int64)],
+                [(states + tl.minimum(at + lanes, last)).to(tl.int64)],
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
             )
-            missing = tl.max(1 - done, 0)
+            missing = tl.max(ADDED - state, 0)
             if missing > 0:
                 tl.inline_asm_elementwise(
                     "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [1000 + lanes], dtype=tl.int32, is_pure=False, pack=1
@@ -225,7 +277,7 @@ def _convert_kernel(  # noqa: PLR0913
             last = first + tl.cdiv(end - start, TILE) - 1
         if WINDOWED:
             first = tl.maximum(first, last - (window + TILE - 2) // TILE)
-        _await_keys(counters + FINISHED + head // group * num_tiles, first, last)
+        _await_added(counters + STATES + head // group * num_tiles, first, last)
         padded = tl.cast(head * num_tiles + tile, tl.int64) * TILE
         total = tl.load(sums + padded * DIM + tl.arange(0, TILE * DIM), cache_modifier=".cg")
         # 64 rows, 64 columns, 8 columns, warp, row of 8, pair of columns, upper or lower 8 rows, column
@@ -239,7 +291,7 @@ def compilations() -> Iterator[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]
     tiles = torch.empty((16, 3), dtype=torch.int32)
     for dim, block in ((64, 128), (128, 64)):
         x, row = torch.empty((256, 4, dim), dtype=torch.bfloat16), torch.empty(4 * 256)
-        args = (x, x, row, row, tiles, row, row, tiles, 4 * dim, 4 * dim, 256, 4)
+        args = (x, x, row, row, tiles, row, row, tiles, 4 * dim, 4 * dim, 256, 4, 2, 2)
         constants = {"DIM": dim, "BLOCK_M": block, "TILE": TILE.value, "num_warps": 8, "launch_pdl": True}
         yield f"gluon attention backward prepare head_dim={dim}", _prepare_kernel, args, constants
         for name, scores, dtype in VARIANTS:

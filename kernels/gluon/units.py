@@ -30,9 +30,9 @@ _FIELDS = gl.constexpr(5)  # of a unit
 
 
 @lru_cache
-def heads_together(kv_heads: int, head_bytes: int, cached_bytes: int) -> int:
-    """Return how many key heads programs go through together: what they read stays cached, and it divides the heads."""
-    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * head_bytes <= cached_bytes))
+def heads_together(kv_heads: int, size: int, limit: int) -> int:
+    """Return how many key heads programs go through together: as many as divide them and fit the limit, or one."""
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and (n == 1 or n * size <= limit))
 
 
 def longest_first(documents: Documents, block: int, causal: bool) -> tuple[torch.Tensor, int]:

@@ -43,9 +43,9 @@ def test_outputs_and_gradients(dim, dtype, kind, heads, kv_heads):
     assert_as_exact_as_plain(results(ours, exact, dtype, "cuda", bounds, max(LENGTHS), **kind), theirs, truth)
 
 
-def case(dim, lengths=(300, 1, 513, 128), window=None, causal=True):
+def case(dim, lengths=(300, 1, 513, 128), window=None, causal=True, heads=4, kv_heads=2):
     """Inputs of the launch functions, and what comes out of attention, plainly and in float64."""
-    tensors, bounds = random_inputs(sum(lengths), 4, 2, dim), bounds_of(lengths)
+    tensors, bounds = random_inputs(sum(lengths), heads, kv_heads, dim), bounds_of(lengths)
     kind = {"window": window, "causal": causal}
     exact = [x.bfloat16().double() for x in tensors]
     truth = results(plain, exact, torch.float64, "cpu", bounds, max(lengths), **kind)
@@ -104,12 +104,30 @@ def test_a_thousand_backwards_are_alike_but_for_the_order_of_sums(dim, config):
 
 @needs_hopper
 @pytest.mark.parametrize("dim", [64, 128])
-def test_documents_of_a_single_block_go_by_in_time(dim):
-    inputs, gradients, documents, scores, theirs, truth = case(dim, lengths=tuple(range(1, 65)) * 8)
+def test_documents_of_a_single_block_go_by_in_time(dim, monkeypatch):
+    inputs, gradients, documents, scores, theirs, truth = case(dim, lengths=tuple(range(1, 65)))
+    monkeypatch.setattr(attention_backward, "processors", lambda device: 16)  # eight units a program
     outputs = attention_forward.forward(*inputs, documents, scores)
     for _ in range(200):
         found = attention_backward.backward(inputs, outputs, gradients, documents, scores)
     assert_as_exact_as_plain(shaped((outputs[0], outputs[1].T.contiguous(), *found), truth), theirs, truth)
+
+
+@needs_hopper
+@pytest.mark.parametrize("kind", [{}, {"causal": False}, {"window": 100}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("programs", [1, 5, 9])
+def test_sums_are_cleared_before_their_heads_come(dim, kind, programs, monkeypatch):
+    inputs, gradients, documents, scores, theirs, truth = case(dim, heads=6, kv_heads=3, **kind)
+    outputs = attention_forward.forward(*inputs, documents, scores)
+    monkeypatch.setattr(attention_backward, "processors", lambda device: programs)  # so few go by one head at a time
+    torch.use_deterministic_algorithms(True)  # so that new memory is NaN
+    try:
+        for _ in range(100):
+            found = attention_backward.backward(inputs, outputs, gradients, documents, scores)
+            assert_as_exact_as_plain(shaped((outputs[0], outputs[1].T.contiguous(), *found), truth), theirs, truth)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @needs_hopper
