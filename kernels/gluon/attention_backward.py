@@ -1,10 +1,11 @@
 """FlashAttention backward over packed documents, for Hopper: five products a block, none of them twice.
 
-A program is one warp that loads, one that tells what is done, and two warpgroups with 64 keys each. All scores are
-transposed, keys by queries: so weights and their gradients are operands from registers where the gradients of values
-and keys are summed. For the gradients of queries both warpgroups write theirs to shared memory and then multiply all
-128 keys, each for its half of the result, which the memory adds to sums in float32. The order of these additions is not
-fixed: gradients of queries may differ in their last bits from run to run, those of keys and values do not.
+A program is one warp that loads, one that clears sums and tells what is done, and two warpgroups with 64 keys each. All
+scores are transposed, keys by queries: so weights and their gradients are operands from registers where the gradients
+of values and keys are summed. For the gradients of queries both warpgroups write theirs to shared memory and then
+multiply all 128 keys, each for its half of the result, which the memory adds to sums in float32. The order of these
+additions is not fixed: gradients of queries may differ in their last bits from run to run, those of keys and values do
+not.
 
 That product is one block of queries late. So the warpgroups need not meet in each block, but drift apart, and one
 multiplies while the other exponentiates. Also, each starts the scores of its next block before this one ends.
